@@ -1,0 +1,149 @@
+"""The checks: `nox` runs all of them, `nox -s tests -- -k rope` one, with arguments of its own.
+
+torch is what takes time to install, so it is installed no more than three times: for `types` and `tests` together, for
+`wheels`, which must start from nothing, and for `readme`, which does what a newcomer does.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import ZipFile
+
+import nox
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+DEVELOPMENT = ROOT / ".nox" / "development"
+PACKAGES = [f"./packages/{path.name}" for path in sorted((ROOT / "packages").iterdir())]
+CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
+BUILD_TOOLS = ("hatchling", "editables")
+DEVELOPMENT_TOOLS = (
+    "hypothesis",
+    "import-linter",
+    "mypy",
+    "pytest",
+    "pytest-cov",
+    "pytest-timeout",
+    "pytest-xdist",
+    "pyyaml",
+    "types-pyyaml",
+)
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "types", "tests", "wheels", "readme"]
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install("ruff", *CONSTRAINTS)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Types, and the floors of the architecture."""
+    tools = development(session)
+    session.run(str(tools / "mypy"), external=True)
+    session.run(str(tools / "lint-imports"), "--no-cache", external=True)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Every package's tests and those that cross packages, with coverage unless they are given arguments."""
+    tools = development(session)
+    arguments = session.posargs or ("-n", "2", "--cov", "--cov-report=term")
+    # Two workers on two cores: more threads in each would only stand in each other's way.
+    session.run(str(tools / "pytest"), *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel, and prove that they are enough where there is no checkout."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), *PACKAGES)
+    check_contents(session)
+
+    # Ours from the wheels alone; then what they require, from wherever pip finds it.
+    ours = ("apt-core", "apt-plugin-moe")
+    session.install("--no-index", "--find-links", str(DIST), "--no-deps", *ours)
+    session.install(*ours, *CONSTRAINTS)
+    session.run("python", "-m", "pip", "check")
+
+    with stranger() as (home, folder), session.chdir(folder):
+        env = environment(home)
+        origin = "import sys, apt, apt_plugin_moe as moe; print(apt.__file__, moe.__file__, *sys.path, sep='\\n')"
+        paths = str(session.run("python", "-I", "-c", origin, env=env, silent=True)).split()
+        strays = [path for path in paths if Path(path).is_relative_to(ROOT / "packages")]
+        if strays or not all(Path(path).is_relative_to(session.virtualenv.location) for path in paths[:2]):
+            session.error(f"the checkout is on the path: {strays or paths[:2]}")
+        listing = str(session.run("apt", "plugin-list", env=env, silent=True))
+        if "moe" not in listing:
+            session.error(f"apt plugin-list does not show the plugin moe:\n{listing}")
+        session.run("apt", "train", "--profile", "tiny_debug", "--training.max_steps", "3", env=env)
+
+
+@nox.session(venv_backend="none")
+def readme(session: nox.Session) -> None:
+    """The README's first shell line, in a fresh clone with an empty home."""
+    first, _checks = re.findall(r"^```sh\n(.+)\n```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    if session.run("git", "status", "--porcelain", external=True, silent=True):
+        session.warn("the clone holds what is committed; this tree holds more")
+    with stranger() as (home, folder):
+        session.run("git", "clone", "--quiet", str(ROOT), str(folder / "clone"), external=True)
+        with session.chdir(folder / "clone"):
+            session.run("bash", "-c", first, env=environment(home), external=True)
+
+
+def development(session: nox.Session) -> Path:
+    """The scripts of the environment that `types` and `tests` share, installed or brought up to date."""
+    tools = DEVELOPMENT / ("Scripts" if sys.platform == "win32" else "bin")
+    if not tools.exists():
+        session.run(sys.executable, "-m", "venv", str(DEVELOPMENT), external=True)
+    install = (str(tools / "python"), "-m", "pip", "install", "--quiet", *CONSTRAINTS)
+    session.run(*install, *BUILD_TOOLS, *DEVELOPMENT_TOOLS, external=True)
+    editable = [word for package in PACKAGES for word in ("--editable", package)]
+    editable[1] += "[parquet,tensorboard]"
+    session.run(*install, "--no-build-isolation", *editable, external=True)
+    return tools
+
+
+def check_contents(session: nox.Session) -> None:
+    """Each wheel holds its licence and its types marker, and no tests; core's holds the profiles."""
+    built = sorted(DIST.glob("*.whl"))
+    if len(built) != len(PACKAGES):
+        session.error(f"{len(PACKAGES)} packages made {len(built)} wheels")
+    for wheel in built:
+        names = ZipFile(wheel).namelist()
+        wanted = ["licenses/LICENSE", "/py.typed"]
+        if wheel.name.startswith("apt_core-"):
+            wanted.append("apt/profiles/tiny_debug.yaml")
+        missing = [ending for ending in wanted if not any(name.endswith(ending) for name in names)]
+        strays = [name for name in names if "tests/" in name]
+        if missing or strays:
+            session.error(f"{wheel.name} lacks {missing}, holds {strays}")
+
+
+@contextmanager
+def stranger() -> Iterator[tuple[Path, Path]]:
+    """Two empty folders outside the checkout: a home and a place to work."""
+    with tempfile.TemporaryDirectory() as temporary:
+        home, folder = Path(temporary, "home"), Path(temporary, "work")
+        home.mkdir()
+        folder.mkdir()
+        yield home, folder
+
+
+def environment(home: Path) -> dict[str, str | None]:
+    """The variables of someone who lives in `home` and has set nothing for Python."""
+    unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    return {"HOME": str(home), **dict.fromkeys(unset)}

@@ -1,0 +1,1 @@
+"""Core's own plugin: the defaults register through the very hook that strangers use."""

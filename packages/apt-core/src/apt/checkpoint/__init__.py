@@ -1,0 +1,1 @@
+"""Checkpoints: complete or absent, verified, portable, and free of pickles."""

@@ -1,0 +1,364 @@
+"""The store: a folder of checkpoints, each of them complete and verified, or not there.
+
+A checkpoint is a folder `step-00001000` of four files:
+
+    model.safetensors   the weights, under the keys of the module's state_dict
+    state.safetensors   every other tensor: of the optimizer, the generators, the plugins
+    state.json          the structure of those states, and what in them is no tensor (see the codec)
+    manifest.json       where the run was, its metrics, and size and SHA-256 of every file; it seals itself
+
+It is written as `step-00001000.tmp`, synced, read back and compared with its hashes, and only then renamed. Where a
+checkpoint of that step exists already, it steps aside as `step-00001000.old` for the instant between two renames, and
+is found under that name if the run dies just then. At whatever moment a run dies, what it saved before is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from apt.checkpoint.codec import decode, encode, portable
+from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
+from apt.core.errors import AptWarning, CheckpointError
+
+FORMAT = 1
+MODEL = "model.safetensors"
+TENSORS = "state.safetensors"
+STRUCTURE = "state.json"
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """All that a run needs in order to go on as if it had never stopped. A *state* is what the codec can keep."""
+
+    step: int
+    """Optimizer steps done: the index of the next one."""
+    epoch: int
+    batch_index: int
+    """Batches of this epoch that are done: the position in the data."""
+    model: dict[str, Tensor]
+    """The module's state_dict. Tensors that share memory are kept once each."""
+    optimizer: Any
+    """State: the optimizer's state_dict."""
+    rng: Any
+    """State: what `rng_state` returns."""
+    extra: Any = field(default_factory=dict)
+    """State: the trainer's and the schedule's own."""
+    plugins: dict[str, Any] = field(default_factory=dict)
+    """{plugin: state}: what each plugin's `on_checkpoint_save` returned."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last evaluation's; "val_loss" decides which checkpoint is the best."""
+    dropped: list[str] = field(default_factory=list)
+    """The effects that the run went on without, one sentence each."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. One process at a time saves to it.
+
+    Args:
+        folder: where the checkpoints lie; made at the first save.
+        keep_last: how many of the newest are kept, at least 1.
+        keep_best: whether the one with the lowest finite `metrics["val_loss"]` is kept as well.
+    """
+
+    def __init__(self, folder: Path | str, keep_last: int = 2, keep_best: bool = True) -> None:
+        assert keep_last >= 1
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint, then remove those that need not be kept; return its folder.
+
+        One of the same step is replaced. Those of later steps (the run went back) are left alone and not counted. If
+        anything fails, or is interrupted, nothing is left of the new checkpoint and the others stay.
+
+        Raises:
+            CheckpointError: it cannot be written (a full disk, no permission, ...), the disk does not give back what
+                was written, or a state holds what a checkpoint cannot keep.
+        """
+        weights = portable(checkpoint.model, "model.")
+        states = {name: getattr(checkpoint, name) for name in ("optimizer", "rng", "extra", "plugins")}
+        structure, tensors = _encode_states(states)
+        final = self.folder / f"step-{checkpoint.step:08d}"
+        needed = len(structure) + sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values()))
+        with _explained(final, needed):
+            make_folder(self.folder)
+            self._tidy()
+            with _temporary(final.with_name(final.name + ".tmp")) as temporary:
+                write(temporary / STRUCTURE, structure)
+                _write_tensors(temporary / MODEL, weights)
+                _write_tensors(temporary / TENSORS, tensors)
+                write(temporary / MANIFEST, _manifest(checkpoint, temporary))
+                sync(temporary)
+                try:
+                    _verify(temporary, checkpoint.step)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{final} was not saved: {error.message}", hint="check the disk") from error
+                if final.exists():
+                    os.replace(final, final.with_name(final.name + ".old"))
+                os.replace(temporary, final)
+            sync(self.folder)
+        self._prune(checkpoint.step)
+        return final
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in ascending order; whether they are whole is not looked at."""
+        return sorted(self._folders())
+
+    def latest(self) -> int | None:
+        """The last of `steps`, or None."""
+        return max(self._folders(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest finite `metrics["val_loss"]`, the first of several; None if there is none."""
+        losses = {}
+        for step, folder in sorted(self._folders().items()):
+            try:
+                loss = decode(_read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan)
+            except CheckpointError:
+                continue
+            if math.isfinite(loss):
+                losses[step] = loss
+        return min(losses, key=losses.__getitem__, default=None)
+
+    def load(self, step: int | None = None) -> Checkpoint:
+        """Read a checkpoint, every file of it verified. Its tensors are on the CPU, in memory of their own.
+
+        Args:
+            step: which one; None for the newest that is whole, with an AptWarning that names what is wrong with those
+                that had to be passed over.
+
+        Raises:
+            CheckpointError: there is none, none is whole, or that of `step` is not.
+        """
+        return self._first_good(step, _load)
+
+    def load_weights(self, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
+        """Read a checkpoint's weights alone, verified; return its step and the weights. For the rest as `load`."""
+        return self._first_good(step, _load_weights)
+
+    def _first_good(self, step: int | None, read: Callable[[Path, int], T]) -> T:
+        folders = self._folders()
+        if step is not None:
+            if step not in folders:
+                there = ", ".join(map(str, sorted(folders))) or "none"
+                raise CheckpointError(f"{self.folder} has no checkpoint of step {step}", hint=f"there are: {there}")
+            return read(folders[step], step)
+        damage: list[str] = []
+        for newest in sorted(folders, reverse=True):
+            try:
+                found = read(folders[newest], newest)
+            except CheckpointError as error:
+                damage.append(error.message)
+                continue
+            if damage:
+                warnings.warn(f"{'; '.join(damage)}; using {folders[newest]} instead", AptWarning, stacklevel=3)
+            return found
+        if damage:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(damage)}",
+                hint="restore one from a copy, or train again",
+            )
+        raise CheckpointError(f"there is no checkpoint in {self.folder}", hint="name a run that has saved one")
+
+    def _folders(self) -> dict[int, Path]:
+        """{step: folder} of the complete checkpoints: those under their final name, else those that stepped aside."""
+        found: dict[int, Path] = {}
+        try:
+            # "step-1" sorts before "step-1.old", and so takes its place.
+            for path in sorted(self.folder.iterdir()):
+                match = re.fullmatch(r"step-(\d+)(\.old)?", path.name)
+                if match and path.is_dir():
+                    found.setdefault(int(match[1]), path)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be read: {error.strerror}", hint="name the folder of a run"
+            ) from error
+        return found
+
+    def _tidy(self) -> None:
+        """Clear away what a run that died has left."""
+        for path in self.folder.glob("step-*.old"):
+            final = path.with_suffix("")
+            if final.exists():
+                _remove(path)
+            else:
+                os.replace(path, final)
+        for path in self.folder.glob("step-*.tmp"):
+            _remove(path)
+
+    def _prune(self, current: int) -> None:
+        folders = self._folders()
+        past = [step for step in sorted(folders) if step <= current]
+        kept = {*past[-self.keep_last :], self.best() if self.keep_best else None}
+        for step in past:
+            if step not in kept:
+                _remove(folders[step])
+        _remove(self.folder / f"step-{current:08d}.old")
+
+
+def _encode_states(states: dict[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
+    structures: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, state in states.items():
+        structures[name], own = encode(state, name)
+        tensors |= own
+    return json.dumps(structures, allow_nan=False).encode(), tensors
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    shutil.copymode(path.with_name(STRUCTURE), path)
+    sync(path)
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path) -> bytes:
+    return _seal(
+        {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "epoch": checkpoint.epoch,
+            "batch_index": checkpoint.batch_index,
+            "metrics": encode({name: float(value) for name, value in checkpoint.metrics.items()}, "metrics")[0],
+            "dropped": list(checkpoint.dropped),
+            "files": {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                for name in (MODEL, TENSORS, STRUCTURE)
+            },
+        }
+    )
+
+
+def _seal(content: dict[str, Any]) -> bytes:
+    """`content` as JSON with a hash of itself: the one way to write it, so that any other byte shows."""
+    body = json.dumps(content, indent=1, allow_nan=False)
+    return json.dumps({**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1).encode()
+
+
+def _read_manifest(folder: Path, step: int) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+        del content["sha256"]
+        whole = _seal(content) == data
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged", hint="load another step")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, and this version of APT reads {FORMAT}",
+            hint="use the version that wrote it",
+        )
+    if content["step"] != step:
+        raise CheckpointError(f"{path} belongs to step {content['step']}", hint="give its folder back its own name")
+    return dict(content)
+
+
+def _verify(folder: Path, step: int, *, only: str | None = None) -> dict[str, Any]:
+    """The manifest, if every file is as it says, or `only` the one named. Raises CheckpointError if not."""
+    manifest = _read_manifest(folder, step)
+    for name, known in manifest["files"].items():
+        if only not in (None, name):
+            continue
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            same = size == known["bytes"] and sha256(path) == known["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
+        if size != known["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: {size:,} bytes instead of {known['bytes']:,}", hint="load another step"
+            )
+        if not same:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's", hint="load another step")
+    strangers = {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}
+    if strangers:
+        warnings.warn(
+            f"{folder} also holds {', '.join(sorted(strangers))}, which is passed over", AptWarning, stacklevel=5
+        )
+    return manifest
+
+
+def _load(folder: Path, step: int) -> Checkpoint:
+    manifest = _verify(folder, step)
+    tensors = _read_tensors(folder / TENSORS)
+    states = json.loads((folder / STRUCTURE).read_bytes())
+    return Checkpoint(
+        step=step,
+        epoch=manifest["epoch"],
+        batch_index=manifest["batch_index"],
+        model=_read_tensors(folder / MODEL),
+        metrics=decode(manifest["metrics"], {}),
+        dropped=manifest["dropped"],
+        **{name: decode(structure, tensors) for name, structure in states.items()},
+    )
+
+
+def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
+    _verify(folder, step, only=MODEL)
+    return step, _read_tensors(folder / MODEL)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    # What load_file returns are windows on the file: unaligned, and at the mercy of whoever writes to it.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new folder that is gone at the end, unless it has been renamed."""
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: Path, needed: int) -> Iterator[None]:
+    """Turn what the system says while `path` is written into a CheckpointError; safetensors tells it in words alone."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and system_code(error) is None:
+            raise
+        raise cannot_write(error, path, needed) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that it is at no moment half a checkpoint; what cannot be removed is named and stays."""
+    doomed = path.with_suffix(".tmp")
+    try:
+        if path != doomed:
+            os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            warnings.warn(f"cannot remove the old checkpoint {path}: {error.strerror}", AptWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""The kernel's ground floor: contracts, discovery, configuration. Importing it never imports torch."""

@@ -1,0 +1,62 @@
+"""What core knows by name without having it installed: the kinds, their defaults, and the first-party packages.
+
+It serves one end: to name the package to install when something that exists is absent.
+"""
+
+from __future__ import annotations
+
+KINDS: dict[str, str] = {
+    "attention": "model",
+    "ffn": "model",
+    "router": "model",
+    "align": "model",
+    "retrieval": "model",
+    "voter": "model",
+    "quant": "model",
+    "dataset": "data",
+    "tokenizer": "data",
+    "tracker": "training",
+}
+"""Kind -> the section of a profile in which its providers' own sections lie."""
+
+DEFAULTS: dict[str, str] = {"attention": "tva_default", "ffn": "default"}
+"""What a kind falls back to. Kinds without one (a router, an alignment) are simply left out of the model, loudly; those
+that nothing can stand in for (a dataset, a tokenizer) are an error."""
+
+PLUGINS: dict[str, str] = {
+    "moe": "apt-plugin-moe",
+    "routing": "apt-plugin-moe",
+    "align": "apt-plugin-align",
+    "flash": "apt-plugin-flash",
+    "rag": "apt-plugin-rag",
+    "quant": "apt-plugin-quant",
+    "voter": "apt-core",
+}
+"""Plugin name -> the package that brings it. Two names may mean one package."""
+
+ENTRY_POINTS: dict[str, str] = {"routing": "moe", "voter": "builtin"}
+"""Plugin name -> the entry point it is part of, where that has another name."""
+
+PROVIDERS: dict[tuple[str, str], str] = {
+    ("router", "topk_moe"): "apt-plugin-moe",
+    ("align", "bistate_default"): "apt-plugin-align",
+    ("attention", "flash_v2"): "apt-plugin-flash[cuda]",
+    ("attention", "flash_sdpa"): "apt-plugin-flash",
+    ("attention", "flex"): "apt-plugin-flash",
+    ("retrieval", "bm25"): "apt-plugin-rag",
+    ("retrieval", "dense"): "apt-plugin-rag",
+    ("retrieval", "hybrid"): "apt-plugin-rag",
+    ("retrieval", "knn_lm"): "apt-plugin-rag",
+    ("quant", "int8"): "apt-plugin-quant",
+    ("quant", "int8_dynamic"): "apt-plugin-quant",
+    ("quant", "int4"): "apt-plugin-quant",
+}
+"""(kind, name) -> the requirement that brings it."""
+
+SECTIONS: dict[str, str] = {"moe": "apt-plugin-moe", "bistate": "apt-plugin-align", "voting": "apt-core"}
+"""Section of `model` -> the package whose provider reads it."""
+
+
+def package_of_provider(kind: str, name: str) -> str | None:
+    """The requirement to install for a first-party provider, or None if core does not know it."""
+    return PROVIDERS.get((kind, name))

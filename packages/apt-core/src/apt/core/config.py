@@ -1,0 +1,182 @@
+"""What a run is: the pydantic models behind a profile. Every key is listed here once, with its unit and its default.
+
+Unknown keys are errors. The one exception: `model`, `data` and `training` also hold the sections of providers
+(`model.tva`, `data.stdlib`, ...), which the providers themselves validate.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a profile: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class OpenSection(Section):
+    """A part of a profile that also holds the sections of providers, as mappings."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The providers' sections that the profile gives, by name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class ModelConfig(OpenSection):
+    """The shape of the model and the names of its parts."""
+
+    backbone: Literal["gpt"] = "gpt"
+    """How the parts are put together."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; taken from the tokenizer if left out."""
+    max_seq_len: PositiveInt = 256
+    """Longest context, in tokens; training uses blocks of this length."""
+    d_model: PositiveInt = 256
+    """Width of the residual stream."""
+    num_heads: PositiveInt = 4
+    num_layers: PositiveInt = 4
+    d_ff: PositiveInt | None = None
+    """Width of the FFN's hidden layer; 4 * d_model if left out."""
+    attention_name: str = "tva_default"
+    ffn_name: str = "default"
+    router_name: str = "topk_moe"
+    """Router that wraps the FFN where `model.moe.enabled` is true."""
+    align_name: str | None = None
+    """Alignment that adds its loss to the cross-entropy; none if left out."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary angles."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the embedding."""
+    dropout: Fraction = 0.0
+    """Probability of dropping, in training, on embeddings, attention weights and the outputs of both sublayers."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.d_model % self.num_heads:
+            fits = [h for h in range(1, min(self.d_model, 2 * self.num_heads) + 1) if self.d_model % h == 0]
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}; heads that fit: "
+                + ", ".join(map(str, fits))
+            )
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the FFN's hidden layer."""
+        return self.d_ff or 4 * self.d_model
+
+
+class DataConfig(OpenSection):
+    """Where the text comes from and how it becomes tokens."""
+
+    dataset: str | None = None
+    """A dataset provider, such as `stdlib`; `files` if `train_path` is given."""
+    train_path: str | None = None
+    """A .txt, .jsonl or .parquet file, or a folder of them, for the dataset `files`."""
+    val_path: str | None = None
+    """Likewise, for validation; without it, the end of the training text is held out."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the tokens, from the end, that is held out where there is no `val_path`."""
+    text_field: str = "text"
+    """The field or column of .jsonl and .parquet that holds the text."""
+    tokenizer: str = "byte"
+    """`byte`, `char`, `bpe`, another tokenizer provider, or the path of a tokenizer.json."""
+    vocab_size: PositiveInt = 4096
+    """Size of the vocabulary that `bpe` learns."""
+    document_mask: bool = False
+    """Whether attention keeps the documents that share a block apart."""
+    cache_dir: str | None = None
+    """Where tokens are cached; the user's cache folder if left out."""
+
+
+class TrainingConfig(OpenSection):
+    """How the model is trained."""
+
+    max_epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    """Optimizer steps after which the run ends, if the epochs have not ended it before."""
+    batch_size: PositiveInt = 16
+    """Sequences per optimizer step and accumulation step."""
+    gradient_accumulation: PositiveInt = 1
+    """Batches whose gradients make one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    min_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """Where the cosine ends; a tenth of the peak if left out."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, on matrices alone."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    mixed_precision: Literal["auto", "bf16", "off"] | bool = "auto"
+    """bf16 autocast. `auto` uses it where it pays: on GPUs that have it, and on CPUs that have it for wide models."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; the end of each epoch is always evaluated."""
+    eval_batches: PositiveInt | None = None
+    """Batches of the held-out text to evaluate; all of it if left out."""
+    log_every: PositiveInt = 10
+    """Steps between records of the metrics."""
+    trackers: tuple[str, ...] = ()
+    """Tracker providers to send the metrics to, beside the run's own metrics.jsonl."""
+    seed: NonNegativeInt = 0
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; the end of each epoch is always saved."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+    keep_best: bool = True
+    """Whether the one with the lowest validation loss is kept as well."""
+
+
+class HardwareConfig(Section):
+    """What the run runs on."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; torch's own choice if left out."""
+
+
+class RunConfig(Section):
+    """A whole profile."""
+
+    name: str = "run"
+    """The profile's name; the run's folder is called after it."""
+    description: str = ""
+    """One line for `apt profile list`."""
+    plugins: tuple[str, ...] | None = None
+    """The plugins that may be used; all that are installed if left out, none if empty."""
+    on_plugin_error: Literal["drop", "stop"] = "drop"
+    """What happens when an effect of a plugin fails: go on without it, or save and stop."""
+    output_dir: str = "runs"
+    """The folder in which the run's own folder is made."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    schedules: dict[str, Any] = {}
+    """`enable_NAME_at_epoch`, `enable_NAME_at_step`, and values that anneal: see `apt.core.schedules`."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    hardware: HardwareConfig = HardwareConfig()

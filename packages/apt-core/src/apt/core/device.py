@@ -1,0 +1,123 @@
+"""Hardware: which device a run uses, what it can do, and what it holds. torch is imported on use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apt.core.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+BF16_MIN_WIDTH = 512
+"""On CPUs bf16 autocast pays from this d_model on: below it the casts cost more than the products save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What this machine has."""
+
+    cpu: str
+    cores: int
+    """Cores that this process may use."""
+    memory: int
+    """Bytes of main memory."""
+    cpu_bf16: bool
+    """Whether the CPU multiplies bf16 matrices in hardware."""
+    gpus: tuple[tuple[str, int], ...]
+    """(name, bytes of memory) of each."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that `hardware.device` names; `auto` takes a GPU where there is one.
+
+    Raises:
+        DeviceError: it is not here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"hardware.device: {name!r} is no device", hint="use auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not here.get(device.type, False):
+        raise DeviceError(f"hardware.device: {name} is not available on this machine", hint="use auto or cpu")
+    return device
+
+
+def use_bf16(setting: str | bool, device: torch.device, d_model: int) -> bool:
+    """Whether to train under bf16 autocast, given `training.mixed_precision`."""
+    import torch
+
+    if setting in (False, "off"):
+        return False
+    if setting in (True, "bf16"):
+        return True
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and cpu_has_bf16() and d_model >= BF16_MIN_WIDTH
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX on x86)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = file.read().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def describe_hardware() -> Hardware:
+    """What this machine has, as far as this process may use it."""
+    import psutil
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append((properties.name, properties.total_memory))
+    return Hardware(_cpu_name(), cores, psutil.virtual_memory().total, cpu_has_bf16(), tuple(gpus))
+
+
+def keep_freed_pages() -> bool:
+    """Tell glibc to keep freed pages instead of returning them to the system after each step.
+
+    Training frees and takes the same large blocks over and over; faulting their pages in anew costs 5 to 10% of a step on
+    CPUs. Returns whether it took effect: on Linux with glibc.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    largest = 2**31 - 1
+    return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, largest))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,261 @@
+"""Calls hooks, and keeps a plugin that fails from taking the run with it.
+
+pluggy checks signatures and keeps the order; the calls themselves are made here, one implementation at a time, because
+isolation needs to know which implementation raised, and state is kept per plugin.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pluggy
+
+from apt import hookspecs
+from apt.core.errors import AptWarning, PluginError, TrainingError, did_you_mean
+
+MAX_OBSERVER_FAILURES = 3
+
+OnPluginError = Literal["drop", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One hook of one plugin that raised."""
+
+    plugin: str
+    hook: str
+    error: BaseException
+    effect: bool
+    """Whether the run lost something by it: False for an observer."""
+    switched_off: bool
+    """Whether the hook will not be called again."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.plugin}.{self.hook}"
+
+    def __str__(self) -> str:
+        kind = type(self.error).__name__
+        ending = ""
+        if self.switched_off:
+            ending = (
+                "; training goes on without it"
+                if self.effect
+                else f"; switched off after {MAX_OBSERVER_FAILURES} failures"
+            )
+        return f"{self.where} failed: {kind}: {self.error}{ending}"
+
+
+@dataclass(slots=True)
+class _Call:
+    plugin: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+    effect: bool
+    failures: int = 0
+
+
+class _Manager(pluggy.PluginManager):
+    """Takes plain objects too: their methods count as implementations where the names match."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        if not isinstance(plugin, types.ModuleType) and name in SPEC_NAMES:
+            method = getattr(plugin, name)
+            marked = getattr(method, f"{hookspecs.PROJECT}_impl", None)
+            return marked or ({} if inspect.isroutine(method) else None)
+        # Looking at other attributes of a plain object could run its properties.
+        return super().parse_hookimpl_opts(plugin, name) if isinstance(plugin, types.ModuleType) else None
+
+
+SPEC_NAMES = {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
+OBSERVERS = {name for name in SPEC_NAMES if getattr(getattr(hookspecs, name), "observer", False)}
+
+
+class Hooks:
+    """The plugins that listen to one run.
+
+    Args:
+        on_plugin_error: "drop" goes on without an effect that failed, "stop" raises TrainingError.
+        logger: gets the tracebacks.
+    """
+
+    def __init__(self, on_plugin_error: OnPluginError = "drop", logger: logging.Logger | None = None) -> None:
+        self.on_plugin_error = on_plugin_error
+        self.failures: list[Failure] = []
+        self.logger = logger or logging.getLogger("apt")
+        self.manager = _Manager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self._providers: set[str] = set()
+        self._calls: dict[str, list[_Call]] = {}
+        self._off: set[tuple[str, str]] = set()
+        self._to_switch_off: set[tuple[str, str]] = set()
+
+    def add(self, plugin: object, name: str | None = None, *, provider_in_use: bool = False) -> str:
+        """Let a plugin listen; returns the name it listens under.
+
+        Args:
+            plugin: a module with `@hookimpl` functions, or any object whose method names match hooks.
+            name: its name in messages and checkpoints; its class's name if left out, numbered if taken.
+            provider_in_use: all its hooks are then effects: losing one changes what the run computes.
+
+        Raises:
+            PluginError: an implementation does not fit its hook.
+        """
+        name = self._free_name(name or getattr(plugin, "__name__", None) or type(plugin).__name__)
+        try:
+            self.manager.register(plugin, name)
+            for caller in self.manager.get_hookcallers(plugin) or []:
+                _check_implementation(name, caller, plugin)
+            _check_unknown(name, plugin)
+        except (pluggy.PluginValidationError, PluginError, ValueError) as error:
+            if self.manager.is_registered(plugin):
+                self.manager.unregister(plugin)
+            message = str(error).replace("\n", " ")
+            raise PluginError(f"plugin {name!r} does not keep the contract: {message}") from error
+        if provider_in_use:
+            self._providers.add(name)
+        self._rebuild()
+        return name
+
+    def names(self) -> list[str]:
+        """The plugins that listen, in the order in which they were added."""
+        return [name for name, _ in self.manager.list_name_plugin()]
+
+    def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """Call every implementation of `hook`; returns (plugin, result) for each result that is not None.
+
+        Raises:
+            TrainingError: an effect failed under "stop".
+        """
+        results: list[tuple[str, Any]] = []
+        for call in self._calls.get(hook, ()):
+            try:
+                result = call.function(*[arguments[name] for name in call.arguments])
+            except (Exception, SystemExit) as error:
+                self._caught(call, hook, error)
+            else:
+                if result is not None:
+                    results.append((call.plugin, result))
+        return results
+
+    def call_one(self, plugin: str, hook: str, **arguments: Any) -> None:
+        """Call `hook` of one plugin alone, if it implements it."""
+        for call in self._calls.get(hook, ()):
+            if call.plugin == plugin:
+                try:
+                    call.function(*[arguments[name] for name in call.arguments])
+                except (Exception, SystemExit) as error:
+                    self._caught(call, hook, error)
+
+    def chain(self, hook: str, argument: str, value: Any, **arguments: Any) -> Any:
+        """Pass `value` through every implementation of `hook`; one that returns None leaves it as it is."""
+        for call in self._calls.get(hook, ()):
+            known = {**arguments, argument: value}
+            try:
+                result = call.function(*[known[name] for name in call.arguments])
+            except (Exception, SystemExit) as error:
+                self._caught(call, hook, error)
+            else:
+                value = value if result is None else result
+        return value
+
+    def listening(self, hook: str) -> bool:
+        """Whether anyone implements `hook`."""
+        return hook in self._calls
+
+    def report(self, plugin: str, hook: str, error: Exception) -> None:
+        """A hook returned something that cannot be used: treat it as if it had raised `error`."""
+        for call in self._calls.get(hook, ()):
+            if call.plugin == plugin:
+                self._caught(call, hook, error)
+
+    def settle(self) -> None:
+        """Switch off what has failed too often. Called at step boundaries alone, so that a step is of one piece."""
+        if self._to_switch_off:
+            self._off |= self._to_switch_off
+            self._to_switch_off = set()
+            self._rebuild()
+
+    @property
+    def dropped(self) -> list[str]:
+        """ "plugin.hook" of the effects that training goes on without."""
+        effects = {f.where for f in self.failures if f.effect and f.switched_off}
+        return sorted(effects | {f"{plugin}.{hook}" for plugin, hook in self._off if self._is_effect(plugin, hook)})
+
+    def switch_off(self, wheres: Iterable[str]) -> None:
+        """Leave out these "plugin.hook": what a resumed run had lost before."""
+        self._off |= {(plugin, hook) for plugin, _, hook in (where.rpartition(".") for where in wheres)}
+        self._rebuild()
+
+    def _caught(self, call: _Call, hook: str, error: BaseException) -> None:
+        call.failures += 1
+        key = (call.plugin, hook)
+        if key in self._to_switch_off:
+            return  # Said already; it is switched off at the end of the step.
+        stop = call.effect and self.on_plugin_error == "stop"
+        switched_off = not stop and (call.effect or call.failures >= MAX_OBSERVER_FAILURES)
+        failure = Failure(call.plugin, hook, error, call.effect, switched_off)
+        self.failures.append(failure)
+        self.logger.error("%s", failure, exc_info=error)
+        if stop:
+            raise TrainingError(
+                f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to train without it"
+            ) from error
+        if switched_off:
+            self._to_switch_off.add(key)
+        warnings.warn(str(failure), AptWarning, stacklevel=3)
+        if hook != "on_plugin_failed":
+            self.call("on_plugin_failed", failure=failure)
+
+    def _is_effect(self, plugin: str, hook: str) -> bool:
+        return hook not in OBSERVERS or plugin in self._providers
+
+    def _rebuild(self) -> None:
+        failures = {(c.plugin, hook): c.failures for hook, calls in self._calls.items() for c in calls}
+        self._calls = {}
+        for hook in SPEC_NAMES:
+            # pluggy keeps implementations in reverse: the last one is called first.
+            for impl in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+                key = (impl.plugin_name, hook)
+                if key not in self._off:
+                    effect = self._is_effect(*key)
+                    call = _Call(impl.plugin_name, impl.function, impl.argnames, effect, failures.get(key, 0))
+                    self._calls.setdefault(hook, []).append(call)
+
+    def _free_name(self, name: str) -> str:
+        taken, number, free = set(self.names()), 2, name
+        while free in taken:
+            free, number = f"{name}-{number}", number + 1
+        return free
+
+
+def has_hooks(obj: object) -> bool:
+    """Whether an object has a method with the name of a hook."""
+    return any(callable(getattr(type(obj), name, None)) for name in SPEC_NAMES)
+
+
+def _check_implementation(name: str, caller: Any, plugin: object) -> None:
+    for impl in caller.get_hookimpls():
+        if impl.plugin is not plugin:
+            continue
+        if impl.hookwrapper or impl.wrapper:
+            raise PluginError(f"{caller.name} is a hook wrapper, which the run does not call")
+        if impl.kwargnames:
+            wrong = ", ".join(impl.kwargnames)
+            raise PluginError(f"{caller.name} gives {wrong} a default, which would hide the value it is called with")
+
+
+def _check_unknown(name: str, plugin: object) -> None:
+    """Warn of methods that look like hooks and are none: a slip there would silently do nothing."""
+    for attribute in dir(type(plugin) if not isinstance(plugin, types.ModuleType) else plugin):
+        near = did_you_mean(attribute, SPEC_NAMES) if attribute.startswith(("on_", "apt_", "extra_")) else None
+        if near and attribute not in SPEC_NAMES:
+            warnings.warn(
+                f"{name}.{attribute} is no hook and will not be called; did you mean {near}?", AptWarning, stacklevel=4
+            )

@@ -1,0 +1,113 @@
+"""The providers in effect: what a run asked for, what it got, and why the two differ where they do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from apt.core.catalogue import KINDS
+from apt.core.errors import ConfigError, ConflictError, FallbackWarning, ProviderError
+from apt.core.registry import Provider, Registration, Registry, fallback_message
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Slot:
+    """One place in a run that a provider fills."""
+
+    kind: str
+    requested: str
+    name: str | None
+    """The provider in effect; None where the slot stays empty."""
+    provider: Provider | None
+    registration: Registration | None
+    config: dict[str, Any] = field(default_factory=dict)
+    """The provider's section, defaults filled in."""
+    reason: str | None = None
+    """Why `name` is not `requested`; None where it is."""
+
+    @property
+    def is_fallback(self) -> bool:
+        return self.reason is not None
+
+
+class ProvidersInUse:
+    """Builds the providers that a profile names, falls back where that is allowed, and remembers all of it.
+
+    Args:
+        registry: the run's view of the registry.
+        sections: {"model": {...}, "data": {...}, "training": {...}}: the providers' sections of the profile.
+        strict: raise instead of falling back.
+    """
+
+    def __init__(
+        self, registry: Registry, sections: Mapping[str, Mapping[str, Any]] | None = None, *, strict: bool = False
+    ) -> None:
+        self.registry = registry
+        self.sections = sections or {}
+        self.strict = strict
+        self.slots: dict[tuple[str, str], Slot] = {}
+
+    @property
+    def providers(self) -> dict[tuple[str, str], Provider]:
+        """{(kind, name): instance} of the providers in effect."""
+        return {(s.kind, s.name): s.provider for s in self.slots.values() if s.name and s.provider}
+
+    def use(self, kind: str, name: str, make: Callable[[Any], T], *, optional: bool = False) -> T | None:
+        """Make a part with the provider `kind`:`name`, or with its kind's default if that one cannot be had.
+
+        The first call for a slot decides which provider fills it; later calls use the same one.
+
+        Args:
+            kind: the provider's kind.
+            name: the provider that the profile names.
+            make: builds the part, given the provider. What it raises as `ConfigError` is the user's to mend and raised;
+                any other error counts as a provider that cannot be built here.
+            optional: leave the slot empty, loudly, if not even a default can be had, and return None.
+
+        Raises:
+            ProviderError: it cannot be had, and may not or cannot fall back.
+            ConflictError: two plugins claim it.
+            ConfigError: its section does not fit.
+        """
+        known = self.slots.get((kind, name))
+        if known is not None:
+            return make(known.provider) if known.provider is not None else None
+        try:
+            slot, part = self._fill(kind, name, name, make)
+        except ProviderError as error:
+            stand_in = self.registry.fallback_of(kind, name)
+            if self.strict or (stand_in is None and not optional) or self.registry.near_miss(kind, name):
+                raise
+            label = f"{kind}:{stand_in}" if stand_in else f"no {kind}"
+            warnings.warn(fallback_message(error, label), FallbackWarning, stacklevel=3)
+            if stand_in is None:
+                slot, part = Slot(kind, name, None, None, None), None
+            else:
+                slot, part = self._fill(kind, name, stand_in, make)
+            slot.reason = error.message
+        self.slots[kind, name] = slot
+        return part
+
+    def check_conflicts(self) -> None:
+        """Raise ConflictError if providers in use exclude or lack each other."""
+        problems = self.registry.check_conflicts(self.providers)
+        if problems:
+            raise ConflictError("; ".join(problems), hint="choose other providers in the profile")
+
+    def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
+        claim = self.registry.find(kind, name)
+        section = self.sections.get(KINDS[kind], {}).get(claim.section, {})
+        provider = self.registry.get(kind, name, section, fallback=False)
+        config = provider.config
+        plain = config.model_dump(mode="json") if hasattr(config, "model_dump") else dict(config or {})
+        slot = Slot(kind, requested, name, provider, claim, plain)
+        try:
+            return slot, make(provider)
+        except (ProviderError, ConfigError):
+            raise
+        except Exception as error:
+            raise ProviderError(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error

@@ -1,0 +1,1 @@
+"""From files to batches: sources yield text, tokenizers number it, a store keeps the numbers, a loader deals out."""

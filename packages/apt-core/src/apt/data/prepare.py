@@ -1,0 +1,216 @@
+"""From a profile to batches: which dataset, which tokenizer, what is trained on and what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from apt.core.cache import cache_dir
+from apt.core.config import DataConfig, RunConfig
+from apt.core.errors import AptWarning, ConfigError, DataError
+from apt.core.in_use import ProvidersInUse
+from apt.core.providers.dataset import DatasetProvider, Piece
+from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
+from apt.data.loader import TokenLoader
+from apt.data.sources import FilesDataset
+from apt.data.token_store import FORMAT_VERSION, Tokens, load_or_tokenize
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, the bytes of text done, and the bytes in all if they are known."""
+
+PROGRESS_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    train: TokenLoader
+    """Its batches hold one optimizer step each, accumulation included."""
+    val: TokenLoader
+    """What is held out; `val.eval_batches` goes through all of it."""
+    fingerprint: str
+    """Changes whenever the text, its split or the tokenizer do: a resumed run can tell."""
+
+
+def prepare_data(
+    config: RunConfig,
+    in_use: ProvidersInUse,
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> Data:
+    """Read, tokenize and split the text that a profile names; tokens that are cached are not made again.
+
+    The tokenizer is built on all of the text, what is held out included. Without `data.val_path` the end of the token
+    stream is held out: with n tokens, all from `int(n * (1 - data.val_fraction))` on.
+
+    Args:
+        in_use: where the dataset and the tokenizer come from. The settings of `data` itself become their sections;
+            sections that the profile spells out win.
+        tokenizer: used as it is, in place of what the provider in use would build (a resumed run keeps its own).
+        progress: told at most some twenty times a second how far each stage is.
+
+    Raises:
+        ConfigError: the profile names no dataset.
+        ProviderError: a dataset or tokenizer that the profile names cannot be had; nothing stands in for one.
+        DataError: the text cannot be read or tokenized, or is too short.
+    """
+    _hand_down(config.data, in_use)
+    texts = _texts(config.data, in_use, progress)
+    fingerprints = [text.fingerprint() for text in texts]
+    builder: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
+    if tokenizer is None:
+        tokenizer = builder.build(lambda: chain.from_iterable(text.pieces("building the tokenizer") for text in texts))
+
+    cache_root = config.data.cache_dir
+    folder = cache_dir("tokens", None if cache_root is None else Path(cache_root).expanduser())
+    identity = _identity(tokenizer)
+    keys = [_digest(FORMAT_VERSION, fingerprint, identity) for fingerprint in fingerprints]
+    streams = [text.tokens(folder, key, tokenizer) for text, key in zip(texts, keys, strict=True)]
+    if len(streams) == 1:
+        cut = int(len(streams[0]) * (1 - config.data.val_fraction))
+        streams = [streams[0].slice(0, cut), streams[0].slice(cut, len(streams[0]))]
+
+    train = _loader(config, streams[0], f"the training part of {texts[0].label}")
+    val = _loader(config, streams[1], f"the held-out part of {texts[0].label}" if len(texts) == 1 else texts[1].label)
+    if len(train) == 0:
+        raise DataError(
+            f"the training part of {texts[0].label} has {len(train.tokens)} tokens; one step of {train.batch_size} "
+            f"blocks of {train.block_size} needs {train.batch_size * train.block_size + 1}",
+            hint="give more text or lower training.batch_size, training.gradient_accumulation or model.max_seq_len",
+        )
+    split = config.data.val_fraction if len(texts) == 1 else None
+    return Data(tokenizer, train, val, _digest(*(key.hex() for key in keys), split).hex())
+
+
+def _hand_down(data: DataConfig, in_use: ProvidersInUse) -> None:
+    """Give the providers of core what `data` itself says, where their own sections do not say otherwise."""
+    given = in_use.sections.get("data", {})
+    files = {"train_path": data.train_path, "text_field": data.text_field}
+    own: dict[str, Mapping[str, Any]] = {
+        "files": {key: value for key, value in files.items() if value is not None},
+        "bpe": {"vocab_size": data.vocab_size},
+        "file": {"path": data.tokenizer},
+    }
+    extended = {name: {**settings, **given.get(name, {})} for name, settings in own.items()}
+    in_use.sections = {**in_use.sections, "data": {**given, **extended}}
+
+
+def _texts(data: DataConfig, in_use: ProvidersInUse, progress: Progress | None) -> list[_Text]:
+    """The text to train on, and the text to validate on if it is one of its own."""
+    files = in_use.sections["data"]["files"]
+    name = data.dataset or ("files" if "train_path" in files else None)
+    if name is None or (name == "files" and "train_path" not in files):
+        raise ConfigError(
+            "the profile names no text to train on" if name is None else "the dataset 'files' needs data.train_path",
+            hint="set data.train_path to a text file or a folder of them, or data.dataset to a dataset such as stdlib",
+        )
+    if name != "files" and data.train_path is not None:
+        warnings.warn(
+            f"data.train_path {data.train_path} is not read: data.dataset is {name!r}; "
+            "set data.dataset to files to read it",
+            AptWarning,
+            stacklevel=3,
+        )
+    label = os.path.expanduser(files["train_path"]) if name == "files" else f"the dataset {name!r}"
+    texts = [_Text(_use(in_use, "dataset", name), label, progress)]
+    if data.val_path is not None:
+        held_out = FilesDataset({**files, "train_path": data.val_path})
+        texts.append(_Text(held_out, os.path.expanduser(data.val_path), progress))
+    return texts
+
+
+def _tokenizer_name(data: DataConfig) -> str:
+    """The name of the provider: a path is one for `file`."""
+    is_path = data.tokenizer.endswith(".json") or "/" in data.tokenizer or os.sep in data.tokenizer
+    return "file" if is_path else data.tokenizer
+
+
+def _use(in_use: ProvidersInUse, kind: str, name: str) -> Any:
+    return in_use.use(kind, name, lambda provider: provider)
+
+
+def _loader(config: RunConfig, tokens: Tokens, name: str) -> TokenLoader:
+    return TokenLoader(
+        tokens,
+        config.model.max_seq_len,
+        config.training.batch_size * config.training.gradient_accumulation,
+        seed=config.training.seed,
+        document_mask=config.data.document_mask,
+        name=name,
+    )
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    """What a tokenizer does, as a hash: of its class and of all that it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tokenizer.save(path)
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {content}"
+
+
+def _digest(*parts: Any) -> bytes:
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+class _Text:
+    """A dataset and what the user calls it: passes over it show progress, and errors say which it was."""
+
+    def __init__(self, dataset: DatasetProvider, label: str, progress: Progress | None) -> None:
+        self.dataset = dataset
+        self.label = label
+        self._progress = progress
+        self._total: int | None = None
+
+    def fingerprint(self) -> str:
+        self._total = self.dataset.size_hint()
+        if self._progress:
+            self._progress("reading", 0, self._total)
+        found = self.dataset.fingerprint()
+        if self._progress:
+            self._progress("reading", self._total or 0, self._total or 0)
+        return found
+
+    def pieces(self, stage: str) -> Iterator[Piece]:
+        done, told = 0, float("-inf")
+        try:
+            for piece in self.dataset.pieces():
+                yield piece
+                done += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8"))
+                now = time.monotonic()
+                if self._progress and now - told >= PROGRESS_SECONDS:
+                    self._progress(stage, done, self._total)
+                    told = now
+        except OSError as error:
+            raise DataError(f"{self.label} cannot be read: {error}", hint="check that it is still there") from error
+        if self._progress:
+            done = self._total or done  # the size was a guess: the stage is over all the same
+            self._progress(stage, done, done)
+
+    def tokens(self, folder: Path, key: bytes, tokenizer: Tokenizer) -> Tokens:
+        try:
+            tokens = load_or_tokenize(folder, key, lambda: self.pieces("tokenizing"), tokenizer)
+        except DataError as error:
+            if self.label in error.message:
+                raise
+            raise DataError(f"{self.label}: {error.message}", hint=error.hint) from error
+        if tokenizer.eos_id is None and len(tokens.starts) > 1:
+            warnings.warn(
+                f"{self.label} has {len(tokens.starts)} documents, and the tokenizer no token to end one: "
+                "they run into each other",
+                AptWarning,
+                stacklevel=4,
+            )
+        return tokens

@@ -1,0 +1,74 @@
+"""Cross-entropy over held-out text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from apt.core.runs import RunFolder
+from apt.data.loader import TokenLoader
+from apt.data.prepare import prepare_data
+from apt.inference.loading import load_run
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: TokenLoader, batch_size: int, device: torch.device, batches: int | None = None
+) -> dict[str, float]:
+    """Predict every token of a split once, in evaluation mode and full precision.
+
+    Args:
+        model: a backbone; its mode is put back afterwards.
+        loader: the split.
+        batch_size: sequences at a time.
+        device: where the model is.
+        batches: stop after so many; None measures all.
+
+    Returns:
+        "val_loss" (mean nats per token), "perplexity" (its exponential) and "val_tokens" (how many were predicted).
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    try:
+        for batch in loader.eval_batches(batch_size, limit=batches):
+            batch = batch.to(device)
+            logits_BTV = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids).logits
+            losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
+            total += losses.double()
+            tokens += int((batch.targets != -100).sum())
+    finally:
+        model.train(training)
+    loss = total.item() / tokens
+    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "val_tokens": float(tokens)}
+
+
+def evaluate_run(
+    run: RunFolder,
+    *,
+    device: str = "auto",
+    checkpoint: str | int | None = None,
+    batches: int | None = None,
+    **plugins: Any,
+) -> dict[str, float]:
+    """Evaluate a checkpoint of a run on the run's own held-out text.
+
+    Args:
+        run: the run's folder.
+        device: as `hardware.device`.
+        checkpoint: "last", "best" or a step; None for the last one.
+        batches: stop after so many; None measures all.
+        **plugins: `plugins`, `no_plugin`, `no_plugins`, `strict`, as `load_run` takes them.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: the run, or the text it was trained on, cannot be read.
+    """
+    loaded = load_run(run, device=device, checkpoint=checkpoint, **plugins)
+    data = prepare_data(loaded.config, loaded.in_use, tokenizer=loaded.tokenizer)
+    metrics = evaluate(loaded.model, data.val, loaded.config.training.batch_size, loaded.device, batches)
+    return {"step": float(loaded.step), **metrics}

@@ -1,0 +1,133 @@
+"""Generates text, one token at a time, with a cache where the model's attention has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.core.errors import ConfigError
+from apt.core.hooks import Hooks, has_hooks
+from apt.core.runs import RunFolder
+from apt.inference.loading import LoadedRun, load_run
+from apt.inference.sampling import Sampling, sample
+
+
+class Generator:
+    """A trained model that continues prompts.
+
+    Args:
+        loaded: an opened run.
+
+    Attributes that hooks may rely on: `model`, `tokenizer`, `device`, and `tokens` (int64 [B, T], what there is so far).
+    """
+
+    def __init__(self, loaded: LoadedRun) -> None:
+        self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
+        self.tokens: Tensor = torch.empty(1, 0, dtype=torch.int64, device=self.device)
+        self.hooks = Hooks(loaded.config.on_plugin_error)
+        for plugin in loaded.plugins.loaded:
+            self.hooks.add(plugin.module, plugin.name)
+        for (kind, name), provider in loaded.in_use.providers.items():
+            if has_hooks(provider):
+                self.hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+
+    @classmethod
+    def from_run(cls, run: RunFolder, **options: Any) -> Generator:
+        """Open a run and generate from it; `options` as for `apt.inference.loading.load_run`."""
+        return cls(load_run(run, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Yield the continuation of `prompt` in pieces of text as they are known.
+
+        Args:
+            prompt: what to continue; empty starts from the end-of-document token, if the tokenizer has one.
+            max_new_tokens: stop after so many; the end of the document stops it before.
+            temperature, top_k, top_p: see `apt.inference.sampling.Sampling`.
+            seed: makes it repeatable; None takes a new one each time.
+
+        Raises:
+            ConfigError: a setting is out of range, or there is nothing to start from.
+            DataError: the prompt holds characters that the tokenizer does not know.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        prompt = self.hooks.chain("on_generation_start", "prompt", prompt, generator=self)
+        decode = _IncrementalDecoder(self.tokenizer.decode)
+        for token in self.generate_ids(self._encode(prompt), max_new_tokens, sampling, seed):
+            if piece := decode.push(token):
+                yield piece
+        if piece := decode.flush():
+            yield piece
+
+    @torch.inference_mode()
+    def generate_ids(
+        self, prompt_ids: list[int], max_new_tokens: int, sampling: Sampling, seed: int | None = None
+    ) -> Iterator[int]:
+        """Yield new token ids after `prompt_ids`, up to the end-of-document token, which is not yielded."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        limit = self.model.max_seq_len
+        self.tokens = torch.tensor([prompt_ids], dtype=torch.int64, device=self.device)
+        cache = self.model.make_cache(1, limit) if self.model.supports("cache") else None
+        for _ in range(max_new_tokens):
+            if cache is None or self.tokens.shape[1] > limit:
+                # Beyond the longest context only the newest tokens count; their positions move, so a cache would not hold.
+                cache = None
+                logits_BV = self.model(self.tokens[:, -limit:], last_only=True).logits[:, -1]
+            else:
+                logits_BV = self.model(self.tokens[:, cache.length :], cache=cache, last_only=True).logits[:, -1]
+            logits_BV = self.hooks.chain("on_next_token", "logits", logits_BV, generator=self)
+            self.hooks.settle()
+            token = sample(logits_BV, sampling, generator)
+            if token.item() == self.tokenizer.eos_id:
+                return
+            self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
+            yield int(token)
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = list(self.tokenizer.encode(prompt))
+        if not ids and self.tokenizer.eos_id is not None:
+            ids = [self.tokenizer.eos_id]
+        if not ids:
+            raise ConfigError(
+                "there is nothing to continue: this run's tokenizer has no token to start from", hint="give a --prompt"
+            )
+        return ids
+
+
+class _IncrementalDecoder:
+    """Text from tokens as they come.
+
+    A tokenizer may write a token differently at the start of a text, so each token is decoded behind the ones before it. A
+    character whose bytes are spread over several tokens waits for the last of them.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._shown: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        self._pending.append(token)
+        # An unfinished UTF-8 sequence decodes to U+FFFD; the longest has four bytes, so after four tokens it is no sequence.
+        unfinished = self._decode(self._pending).endswith("\ufffd") and len(self._pending) < 4
+        return "" if unfinished else self.flush()
+
+    def flush(self) -> str:
+        if not self._pending:
+            return ""
+        before = self._decode(self._shown) if self._shown else ""
+        piece = self._decode(self._shown + self._pending)[len(before) :]
+        self._shown, self._pending = self._pending, []
+        return piece

@@ -1,0 +1,75 @@
+"""Opens a run for use: its model with trained weights, its tokenizer, its plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from apt.checkpoint.lock import check_lock, read_lock
+from apt.checkpoint.store import CheckpointStore
+from apt.core.config import RunConfig
+from apt.core.device import pick_device
+from apt.core.discovery import Plugins, choose, discover
+from apt.core.in_use import ProvidersInUse
+from apt.core.profiles import resolve
+from apt.core.providers.tokenizer import Tokenizer
+from apt.core.registry import registry as global_registry
+from apt.core.runs import RunFolder
+from apt.data.tokenizers import load_tokenizer
+from apt.modeling.backbones.gpt import GPT
+from apt.modeling.compose import ModelBuilder
+
+
+@dataclass(slots=True)
+class LoadedRun:
+    """A run that is ready for use; the model is in evaluation mode."""
+
+    config: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    device: torch.device
+    plugins: Plugins
+    in_use: ProvidersInUse
+    step: int
+    """The optimizer steps that the checkpoint's weights have behind them."""
+
+
+def load_run(
+    run: RunFolder,
+    *,
+    device: str = "auto",
+    checkpoint: str | int | None = None,
+    plugins: Iterable[str] | None = None,
+    no_plugin: Iterable[str] = (),
+    no_plugins: bool = False,
+    strict: bool = False,
+) -> LoadedRun:
+    """Build a run's model and load its weights.
+
+    Args:
+        run: the run's folder.
+        device: as `hardware.device`.
+        checkpoint: "last", "best" or a step; None for the last one.
+        plugins, no_plugin, no_plugins, strict: as the command line's options of those names.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or a provider that made it is not here.
+    """
+    config = resolve(run.profile).config
+    selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
+    found = discover(selection, strict=strict)
+    registry = found.registry.view()
+    registry.merge(global_registry, plugin="script")
+    sections = {"model": config.model.sections, "data": config.data.sections, "training": config.training.sections}
+    in_use = ProvidersInUse(registry, sections, strict=strict)
+    tokenizer = load_tokenizer(run.tokenizer)
+    model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+    check_lock(read_lock(run.lock), list(in_use.slots.values()))
+    store = CheckpointStore(run.checkpoints)
+    step = {None: None, "last": None, "best": store.best()}.get(checkpoint, checkpoint)
+    step, weights = store.load_weights(step)
+    model.load_state_dict(weights)
+    target = pick_device(device)
+    return LoadedRun(config, model.to(target).eval(), tokenizer, target, found, in_use, step)

@@ -1,0 +1,49 @@
+"""A run's own record of its metrics: metrics.jsonl, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends records as they come.
+
+    Args:
+        path: the file; it is made at the first record.
+        resume_step: a resumed run continues at this step: what an earlier process wrote from there on is cut off, so that
+            no step stands in the file twice.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        self.path = path
+        if resume_step is not None and path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] < resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def on_log(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off by a crash is passed over."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    # JSON has no NaN; null is what every reader understands.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,158 @@
+"""What a run shows: a live line on a terminal, plain lines elsewhere. It listens to the run as any plugin does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apt.core.in_use import Slot
+
+PLAIN_SECONDS = 10.0
+"""Where there is no terminal, a line about the step comes at most this often."""
+
+
+class Progress:
+    """Shows one run.
+
+    Args:
+        quiet: show nothing.
+        console: where to; standard output if left out.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._epoch_started = self._line_shown = 0.0
+        self._epoch = self._epochs = 0
+        self._loss: float | None = None
+        self._speed: list[float] = []
+        self._evaluation: dict[str, float] = {}
+
+    # Before the run
+
+    def preparing(self, label: str, done: int, total: int | None) -> None:
+        """Long work on the data: `done` of `total` bytes."""
+        finished = total is not None and done >= total
+        if self.console.is_terminal and not self.console.quiet:
+            if self._bar is None:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.percentage:>3.0f} %"),
+                    TimeRemainingColumn(),
+                )
+                self._bar = Bar(*columns, console=self.console, transient=True)
+                self._bar.start()
+                self._task = self._bar.add_task(label, total=total)
+            assert self._task is not None
+            self._bar.update(self._task, description=label, completed=done, total=total)
+            if finished:
+                self._close_bar()
+        elif finished or time.monotonic() - self._line_shown >= PLAIN_SECONDS:
+            self._line_shown = time.monotonic()
+            of = f" of {total / 1e6:.1f}" if total else ""
+            self.console.print(f"{label}: {done / 1e6:.1f}{of} MB")
+
+    # The run
+
+    def on_training_start(self, trainer: Any) -> None:
+        self._close_bar()
+        config, data = trainer.config, trainer.data
+        self._epochs = config.training.max_epochs
+        table = Table.grid(padding=(0, 2))
+        table.add_row("profile", f"{config.name} ({trainer.profile.source})")
+        for slot in trainer.in_use.slots.values():
+            table.add_row(slot.kind, describe_slot(slot))
+        table.add_row("data", f"{len(data.train.tokens):,} tokens to train on, {len(data.val.tokens):,} held out")
+        shape = f"{config.model.num_layers} layers, d_model {config.model.d_model}, {config.model.num_heads} heads"
+        table.add_row(
+            "model", f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {trainer.device}"
+        )
+        steps = f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch"
+        table.add_row("training", steps + (f", resumed at step {trainer.step:,}" if trainer.resumed else ""))
+        table.add_row("run", str(trainer.run_dir))
+        self.console.print(table)
+        if trainer.step >= trainer.total_steps:
+            self.console.print("Nothing is left to do: every step is done. More with --epochs N.")
+        elif self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bar = Bar(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=trainer.total_steps, completed=trainer.step, numbers="")
+            self._bar.start()
+
+    def on_epoch_start(self, epoch: int, trainer: Any) -> None:
+        self._epoch, self._epoch_started, self._line_shown = epoch, time.monotonic(), time.monotonic()
+        self._speed = []
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=self._title())
+
+    def on_log(self, record: Mapping[str, Any]) -> None:
+        if record["event"] != "train":
+            return
+        step, self._loss = record["step"] + 1, record["loss"]
+        self._speed.append(record["tokens_per_second"])
+        numbers = f"loss={self._loss:.4f}  {record['tokens_per_second']:,} tokens/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif time.monotonic() - self._line_shown >= PLAIN_SECONDS:
+            self._line_shown = time.monotonic()
+            self.console.print(f"{self._title()}: step {step:,}  {numbers}")
+
+    def on_evaluation_end(self, metrics: Mapping[str, float], trainer: Any) -> None:
+        self._evaluation = dict(metrics)
+        in_mid_epoch = trainer.batch_index < trainer.steps_per_epoch and trainer.step < trainer.total_steps
+        if in_mid_epoch:
+            self.console.print(f"{self._title()}: step {trainer.step:,}  val_loss={metrics['val_loss']:.4f}")
+
+    def on_epoch_end(self, epoch: int, trainer: Any) -> None:
+        seconds = time.monotonic() - self._epoch_started
+        parts = [f"loss={self._loss:.4f}"] if self._loss is not None else []
+        parts += [f"val_loss={self._evaluation['val_loss']:.4f}"] if self._evaluation else []
+        speed = f"{sum(self._speed) / len(self._speed):,.0f} tokens/s" if self._speed else ""
+        self.console.print(f"{self._title()}: {' '.join(parts)}  {speed}  {seconds:.1f} s")
+
+    def on_training_end(self, trainer: Any) -> None:
+        self._close_bar()
+        self._summary(trainer)
+        self.console.print(f"Training is complete. The run lies in {trainer.run_dir}")
+        self.console.print(f'Next: apt generate {trainer.run_dir} --prompt "..."')
+
+    def on_exception(self, error: BaseException, trainer: Any) -> None:
+        self._close_bar()
+        self._summary(trainer)
+
+    def _summary(self, trainer: Any) -> None:
+        """What the run went on without, once more at its end, where it is read."""
+        failures = [failure for failure in trainer.hooks.failures if failure.switched_off]
+        for failure in failures:
+            self.console.print(f"Note: {failure}")
+
+    def _title(self) -> str:
+        return f"Epoch {self._epoch + 1}/{self._epochs} (epoch={self._epoch})"
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def describe_slot(slot: Slot) -> str:
+    """One line: the provider in effect, and what was asked for where that is another one."""
+    if slot.name is None or slot.registration is None:
+        return f"none (asked for {slot.requested}: {slot.reason})"
+    claim = slot.registration
+    version = f" {claim.version}" if claim.version else ""
+    origin = (
+        f" ({claim.distribution} {claim.distribution_version})" if claim.distribution_version else f" ({claim.plugin})"
+    )
+    asked = f", instead of {slot.requested}: {slot.reason}" if slot.is_fallback else ""
+    return f"{slot.name}{version}{origin}{asked}"

@@ -1,0 +1,98 @@
+"""The maths of one optimizer step: forward, loss, backward, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from apt.data.loader import Batch
+
+IGNORE = -100
+"""The target of a position that has none."""
+
+ExtraLosses = Callable[[Batch, Tensor, Tensor, dict[str, Any]], Mapping[str, Tensor]]
+
+
+@dataclass(slots=True)
+class Loss:
+    """The loss of one step; every tensor 0-d and detached."""
+
+    total: Tensor
+    """What was minimised: nats per token, extra losses included."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """The extra losses by name; empty where there are none."""
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the targets, nats per token, in fp32 whatever the logits are in."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
+
+
+def accumulate_gradients(
+    forward: Callable[..., Any],
+    micro_batches: Sequence[Batch],
+    autocast: AbstractContextManager[Any],
+    extra_losses: ExtraLosses | None = None,
+) -> Loss:
+    """Run every micro-batch forward and backward; the gradients add up to those of the mean loss over the whole step.
+
+    Args:
+        forward: the model, compiled or not.
+        micro_batches: equal in size and full, so that the mean of their means is the mean over all tokens.
+        autocast: the precision to compute in.
+        extra_losses: asked for losses to add before `backward`; None if nobody has any.
+    """
+    share = 1.0 / len(micro_batches)
+    loss = Loss(torch.zeros(()))
+    for batch in micro_batches:
+        with autocast:
+            output = forward(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+            total = cross_entropy(output.logits, batch.targets)
+            parts: dict[str, Tensor] = {}
+            if output.aux_loss is not None:
+                parts["aux_loss"] = output.aux_loss
+            if extra_losses is not None:
+                model_state = {
+                    "tokens": batch.tokens,
+                    "hidden": output.hidden,
+                    "aux_loss": output.aux_loss,
+                    "document_ids": batch.document_ids,
+                }
+                parts |= extra_losses(batch, output.logits, batch.targets, model_state)
+        for part in parts.values():
+            total = total + part
+        if share != 1.0:
+            total = total * share
+        total.backward()
+        loss.total = total.detach() if batch is micro_batches[0] else loss.total + total.detach()
+        for name, part in parts.items():
+            scaled = part.detach() * share
+            loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled
+    return loss
+
+
+def update(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float, clip: float
+) -> Tensor | None:
+    """Clip the gradients, take one optimizer step, and clear them.
+
+    Args:
+        learning_rate: for every group of the optimizer, times the group's own `lr_scale` if it has one.
+        clip: largest norm of all gradients together; 0 leaves them as they are.
+
+    Returns:
+        The norm before clipping, a 0-d tensor; None if it was not needed.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

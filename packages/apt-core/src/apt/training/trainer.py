@@ -1,0 +1,387 @@
+"""The training loop. What it calls, and when, is the pseudocode of `apt.hookspecs`; the maths of a step is in `step.py`."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.core.config import RunConfig
+from apt.core.device import keep_freed_pages, pick_device, use_bf16
+from apt.core.discovery import Plugins, choose, discover
+from apt.core.errors import AptError, AptWarning, CheckpointError, TrainingError
+from apt.core.hooks import Hooks, has_hooks
+from apt.core.in_use import ProvidersInUse
+from apt.core.logging import get_logger, log_to_file
+from apt.core.monitor import ResourceMonitor
+from apt.core.profiles import check_sections, dump_yaml, resolve
+from apt.core.providers import Provider
+from apt.core.registry import registry as global_registry
+from apt.core.runs import RunFolder, new_run
+from apt.core.schedules import Schedule
+from apt.checkpoint.lock import check_lock, read_lock, write_lock
+from apt.checkpoint.store import CheckpointStore
+from apt.data.loader import Batch
+from apt.data.prepare import prepare_data
+from apt.data.tokenizers import load_tokenizer
+from apt.evaluation.evaluate import evaluate
+from apt.modeling.compose import ModelBuilder
+from apt.training.metrics import MetricsFile
+from apt.training.optim import build_optimizer, learning_rate
+from apt.training.progress import Progress
+from apt.training.signals import Interrupted, StopRequest, catch_signals
+from apt.training.state import capture, restore
+from apt.training.step import Loss, accumulate_gradients, update
+
+
+class Trainer:
+    """Trains one model, as a profile says.
+
+    Args:
+        source: a profile's path or name, a plain dict, or a `RunConfig`.
+        overrides: {"training.max_epochs": 5, ...}, dotted keys over the profile's own.
+        plugins, no_plugin, no_plugins: which plugins may be used, as the command line's options of those names.
+        strict: every fallback and every effect that fails is an error.
+        run_dir: the run's folder; a new one under the profile's `output_dir` if left out.
+        resume: the run to go on with; its last good checkpoint is loaded.
+        quiet: show nothing.
+        options: what plugins' own command-line options were set to.
+
+    Raises:
+        ConfigError, PluginError: the profile or the choice of plugins cannot be used.
+
+    The attributes that hooks may rely on are the table in `apt.hookspecs`; those that need the model exist once `train`
+    has called `on_model_built`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Mapping[str, Any] | RunConfig,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        plugins: Iterable[str] | None = None,
+        no_plugin: Iterable[str] = (),
+        no_plugins: bool = False,
+        strict: bool = False,
+        run_dir: Path | None = None,
+        resume: RunFolder | None = None,
+        quiet: bool = False,
+        options: Any = None,
+    ) -> None:
+        self.profile = resolve(source, overrides)
+        self.config: RunConfig = self.profile.config
+        self.options = options
+        self.strict = strict
+        self.run = resume or (RunFolder(run_dir) if run_dir else None)
+        self.resumed = resume is not None
+        selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
+        self.plugins: Plugins = discover(selection, strict=strict)
+        self.registry = self.plugins.registry.view()
+        self.registry.merge(global_registry, plugin="script")
+        check_sections(self.config, self.registry, self.profile.origins)
+        self.in_use = ProvidersInUse(
+            self.registry,
+            {
+                "model": self.config.model.sections,
+                "data": self.config.data.sections,
+                "training": self.config.training.sections,
+            },
+            strict=strict,
+        )
+        self.schedule = Schedule(self.config)
+        self.logger = get_logger(f"run.{id(self):x}")
+        self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
+        for plugin in self.plugins.loaded:
+            self.hooks.add(plugin.module, plugin.name)
+        self.progress = Progress(quiet=quiet)
+        self.hooks.add(self.progress, "progress")
+        self.extra_metrics: dict[str, float | Tensor] = {}
+        self.epoch = self.step = self.batch_index = 0
+        self.best_val_loss = math.inf
+        self.metrics: dict[str, float] = {}
+        self.evaluated_step = -1
+        self.carried_states: dict[str, Any] = {}
+        self._stop = StopRequest()
+        self._updating = self._looping = False
+
+    def register_hook(self, hook: object) -> None:
+        """Let an object listen: its methods whose names match hooks are called.
+
+        Raises:
+            PluginError: a method does not fit its hook.
+        """
+        self.hooks.add(hook)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder; it is made once everything is built."""
+        assert self.run is not None, "the run's folder is made by train()"
+        return self.run.path
+
+    @property
+    def providers(self) -> dict[tuple[str, str], Provider]:
+        """{(kind, name): instance} of the providers in use."""
+        return self.in_use.providers
+
+    # The loop
+
+    def train(self) -> Path:
+        """Run from where the run stands to its end; returns the run's folder.
+
+        Raises:
+            AptError: what a user can mend. The last good checkpoint is never lost by it.
+            Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
+        """
+        with ExitStack() as stack:
+            try:
+                self.hooks.call("on_config_resolved", config=self.config)
+                self._build_parts()
+                self._open_run(stack)
+                self._load_checkpoint()
+                self._dry_run()
+                self._stop = stack.enter_context(catch_signals())
+                self._fit()
+            except BaseException as error:
+                self._end_early(error)
+                raise
+        return self.run_dir
+
+    def _fit(self) -> None:
+        self._looping = True
+        self._start_window()
+        self.hooks.call("on_training_start", trainer=self)
+        while self.step < self.total_steps:
+            self._run_epoch()
+        self._warn_of_unread_schedules()
+        self.hooks.call("on_training_end", trainer=self)
+
+    def _run_epoch(self) -> None:
+        training, checkpoint = self.config.training, self.config.checkpoint
+        self.hooks.call("on_epoch_start", epoch=self.epoch, trainer=self)
+        for batch in self.data.train.epoch(self.epoch, start=self.batch_index):
+            self._run_step(batch.to(self.device))
+            if self._stop:
+                self._save()
+                raise self._interrupted()
+            if self.step == self.total_steps or self.batch_index == self.steps_per_epoch:
+                break
+            improved = self._evaluate() if self._is_due(training.eval_every) else False
+            if (improved and checkpoint.keep_best) or self._is_due(checkpoint.every):
+                self._save()
+        self._evaluate()
+        self.hooks.call("on_epoch_end", epoch=self.epoch, trainer=self)
+        if self.batch_index == self.steps_per_epoch:
+            self.epoch, self.batch_index = self.epoch + 1, 0
+        self._save()
+
+    def _run_step(self, batch: Batch) -> None:
+        step, training = self.step, self.config.training
+        self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
+        micro_batches = batch.split(training.gradient_accumulation)
+        extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
+        loss = accumulate_gradients(self._forward, micro_batches, self._autocast, extra_losses)
+        self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
+        rate = learning_rate(step, self.total_steps, training)
+        self._updating = True
+        norm = update(self.optimizer, self._parameters, rate, training.gradient_clip)
+        self.step, self.batch_index, self._updating = step + 1, self.batch_index + 1, False
+        self._window.append((loss, norm))
+        self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
+        self.hooks.settle()
+        if self.step % training.log_every == 0:
+            self._log(rate)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    # What the loop calls
+
+    def _evaluate(self) -> bool:
+        """Measure the held-out text; returns whether it is the best so far."""
+        metrics = evaluate(
+            self.model, self.data.val, self.config.training.batch_size, self.device, self.config.training.eval_batches
+        )
+        self.hooks.call("on_evaluation_end", metrics=metrics, trainer=self)
+        record = {"event": "eval", "step": self.step - 1, "epoch": self.epoch, **metrics}
+        self.hooks.call("on_log", record=record)
+        improved = metrics["val_loss"] < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
+        self.metrics, self.evaluated_step = metrics, self.step
+        self._start_window()
+        return improved
+
+    def _save(self) -> None:
+        """Write a checkpoint; a model that is not finite is never kept."""
+        self._check_finite(self._parameters)
+        self.store.save(capture(self))
+        self._start_window()
+
+    def _log(self, rate: float) -> None:
+        losses = torch.stack([loss.total for loss, _ in self._window])
+        seconds = time.perf_counter() - self._window_started
+        tokens = len(self._window) * self.data.train.tokens_per_batch
+        record: dict[str, Any] = {
+            "event": "train",
+            "step": self.step - 1,
+            "epoch": self.epoch,
+            "loss": losses.mean().item(),
+            "learning_rate": rate,
+            "tokens_per_second": round(tokens / seconds),
+            "memory": self._monitor.sample().memory,
+        }
+        last, norm = self._window[-1]
+        if norm is not None:
+            record["grad_norm"] = norm.item()
+        for name, value in {**last.parts, **self.extra_metrics}.items():
+            record[name] = value.item() if isinstance(value, Tensor) else value
+        if self.hooks.dropped:
+            record["dropped"] = self.hooks.dropped
+        self.extra_metrics.clear()
+        self._start_window()
+        self._check_finite([losses])
+        self.hooks.call("on_log", record=record)
+
+    def _extra_losses(
+        self, batch: Batch, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        results = self.hooks.call(
+            "extra_losses", trainer=self, batch=batch, logits=logits, targets=targets, model_state=model_state
+        )
+        for plugin, result in results:
+            if isinstance(result, Mapping) and all(isinstance(v, Tensor) and v.ndim == 0 for v in result.values()):
+                losses |= {name if name not in losses else f"{plugin}.{name}": loss for name, loss in result.items()}
+            else:
+                self.hooks.report(plugin, "extra_losses", TypeError("it must return a dict of 0-d tensors"))
+        return losses
+
+    def _check_finite(self, tensors: Iterable[Tensor]) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            saved = self.store.latest()
+            kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
+            raise TrainingError(
+                f"the loss or the weights are not finite at step {self.step}; {kept}",
+                hint="lower training.learning_rate, or set training.gradient_clip",
+            )
+
+    def _start_window(self) -> None:
+        """Losses and speed are averaged over the steps since here; what lies between windows does not count."""
+        self._window: list[tuple[Loss, Tensor | None]] = []
+        self._window_started = time.perf_counter()
+
+    # Building
+
+    def _build_parts(self) -> None:
+        """Data, model, optimizer: everything that can be refused, before anything is written."""
+        config, training = self.config, self.config.training
+        self.device = pick_device(config.hardware.device)
+        if config.hardware.threads:
+            torch.set_num_threads(config.hardware.threads)
+        if self.device.type == "cpu":
+            keep_freed_pages()
+        torch.manual_seed(training.seed)
+        tokenizer = load_tokenizer(self.run.tokenizer) if self.resumed and self.run else None
+        self.data = prepare_data(config, self.in_use, tokenizer=tokenizer, progress=self.progress.preparing)
+        self.tokenizer = self.data.tokenizer
+        self.steps_per_epoch = len(self.data.train)
+        self.total_steps = min(training.max_epochs * self.steps_per_epoch, training.max_steps or 2**62)
+        self.schedule.steps_per_epoch = self.steps_per_epoch
+        builder = ModelBuilder(config, self.in_use)
+        self.model = builder.build_model(vocab_size=config.model.vocab_size or self.tokenizer.vocab_size).to(
+            self.device
+        )
+        self.modules_by_slot = builder.modules_by_slot(self.model)
+        if config.model.align_name:
+            self.in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
+        for name in training.trackers:
+            self.in_use.use("tracker", name, lambda provider: provider, optional=True)
+        self.in_use.check_conflicts()
+        for (kind, name), provider in self.providers.items():
+            if has_hooks(provider):
+                self.hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+        self.hooks.call("on_model_built", model=self.model, trainer=self)
+        self.optimizer = build_optimizer(self.model, training)
+        self.hooks.call("on_optimizer_built", optimizer=self.optimizer, trainer=self)
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._forward = torch.compile(self.model) if training.compile else self.model
+        bf16 = use_bf16(training.mixed_precision, self.device, config.model.d_model)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self._monitor = ResourceMonitor()
+
+    def _open_run(self, stack: ExitStack) -> None:
+        """Make the run's folder, or enter the one that is resumed."""
+        if self.run is None:
+            self.run = new_run(self.config.output_dir, self.config.name)
+        elif self.run.holds_a_run() and not self.resumed:
+            raise CheckpointError(
+                f"{self.run.path} holds a run already",
+                hint=f"go on with it (--resume {self.run.path}) or choose another folder",
+            )
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(log_to_file(self.logger, self.run.log))
+        self.store = CheckpointStore(
+            self.run.checkpoints, keep_last=self.config.checkpoint.keep_last, keep_best=self.config.checkpoint.keep_best
+        )
+
+    def _load_checkpoint(self) -> None:
+        """Go on from the last good checkpoint, then write down what this run is made of."""
+        assert self.run is not None
+        slots = list(self.in_use.slots.values())
+        if self.resumed:
+            check_lock(read_lock(self.run.lock), slots)
+            restore(self, self.store.load())
+        self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
+        self.tokenizer.save(self.run.tokenizer)
+        write_lock(self.run.lock, slots, self.model, self.modules_by_slot)
+        self.run.profile.write_text(dump_yaml(self.config.model_dump(mode="json")), encoding="utf-8")
+
+    def _dry_run(self) -> None:
+        """One batch forward and backward before step 1, so that what cannot work fails now. It leaves no trace: the model
+        is in evaluation mode, its gradients are dropped, the random state is put back."""
+        batch = next(iter(self.data.train.epoch(0))).to(self.device)
+        with torch.random.fork_rng(enabled=True):
+            self.model.eval()
+            accumulate_gradients(
+                self._forward, batch.split(self.config.training.gradient_accumulation)[:1], self._autocast
+            )
+            self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # The end
+
+    def _interrupted(self) -> Interrupted:
+        assert self._stop.signum is not None
+        return Interrupted(
+            self._stop.signum,
+            f"stopped by {'Ctrl-C' if self._stop.signum == 2 else 'SIGTERM'} after step {self.step} of {self.total_steps}; saved",
+            hint=f"go on with: apt train --resume {self.run_dir}",
+        )
+
+    def _end_early(self, error: BaseException) -> None:
+        """Say why the run ends, and save it if its state is that of a finished step."""
+        self.logger.error("the run ends early: %s", error, exc_info=error)
+        self.hooks.call("on_exception", error=error, trainer=self)
+        whole = self._looping and not self._updating
+        if not whole or isinstance(error, Interrupted | CheckpointError) or not isinstance(error, Exception):
+            return
+        try:
+            self._save()
+        except AptError as failed:
+            self.logger.error("it could not be saved either: %s", failed)
+            return
+        if not isinstance(error, AptError):
+            raise TrainingError(
+                f"step {self.step} failed: {type(error).__name__}: {error}; the run is saved in {self.run_dir}",
+                hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
+            ) from error
+
+    def _warn_of_unread_schedules(self) -> None:
+        for name in self.schedule.unread():
+            warnings.warn(f"schedules.{name}: nothing in this run has asked for it", AptWarning, stacklevel=2)

@@ -1,0 +1,271 @@
+"""The calling of hooks: order, isolation, chains, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import types
+from typing import Any
+
+import pytest
+
+from apt import hookspecs
+from apt.core.errors import AptWarning, PluginError, TrainingError
+from apt.core.hooks import MAX_OBSERVER_FAILURES, OBSERVERS, SPEC_NAMES, Hooks, has_hooks
+from apt.hookspecs import hookimpl
+
+
+def module(**functions: Any) -> types.ModuleType:
+    made = types.ModuleType("a_plugin")
+    vars(made).update(functions)
+    return made
+
+
+class Recorder:
+    def __init__(self, name: str, seen: list[Any]) -> None:
+        self.name, self.seen = name, seen
+
+    def on_step_end(self, step: int) -> None:
+        self.seen.append((self.name, step))
+
+
+def step_end(hooks: Hooks, step: int = 0) -> list[tuple[str, Any]]:
+    return hooks.call("on_step_end", step=step, loss=None, trainer=None)
+
+
+def test_every_spec_is_an_observer_or_an_effect_as_documented() -> None:
+    effects = SPEC_NAMES - OBSERVERS
+    assert effects == {
+        "apt_register_providers", "apt_register_commands", "apt_register_options", "on_model_built", "on_optimizer_built",
+        "extra_losses", "on_before_optimizer_step", "on_checkpoint_save", "on_checkpoint_load", "on_generation_start",
+        "on_next_token",
+    }  # fmt: skip
+    for name in SPEC_NAMES:
+        assert name in (hookspecs.__doc__ or "") or name.startswith("apt_register_")
+        assert getattr(hookspecs, name).__doc__
+
+
+def test_an_object_gets_the_arguments_it_names_and_the_last_registered_is_first() -> None:
+    hooks, seen = Hooks(), []
+    hooks.add(Recorder("first", seen))
+    hooks.add(Recorder("second", seen))
+    step_end(hooks, 7)
+    assert seen == [("second", 7), ("first", 7)]
+
+
+def test_tryfirst_and_trylast_are_kept() -> None:
+    hooks, seen = Hooks(), []
+
+    def marked(name: str, **options: bool) -> types.ModuleType:
+        @hookimpl(**options)
+        def on_step_end(step: int) -> None:
+            seen.append(name)
+
+        return module(on_step_end=on_step_end)
+
+    hooks.add(marked("early", tryfirst=True), "early")
+    hooks.add(marked("late", trylast=True), "late")
+    hooks.add(marked("plain"), "plain")
+    step_end(hooks)
+    assert seen == ["early", "plain", "late"]
+
+
+def test_an_unmarked_function_of_a_module_is_no_implementation() -> None:
+    hooks = Hooks()
+    hooks.add(module(on_step_end=lambda step: 1 / 0))
+    assert step_end(hooks) == []
+
+
+def test_results_come_with_the_plugin_that_gave_them_and_none_is_left_out() -> None:
+    hooks = Hooks()
+
+    class Stateful:
+        def on_checkpoint_save(self, trainer: Any) -> dict[str, int]:
+            return {"n": 1}
+
+    class Stateless:
+        def on_checkpoint_save(self, trainer: Any) -> None:
+            return None
+
+    hooks.add(Stateful(), "a")
+    hooks.add(Stateless(), "b")
+    assert hooks.call("on_checkpoint_save", trainer=None) == [("a", {"n": 1})]
+
+
+def test_two_objects_of_one_class_get_two_names() -> None:
+    hooks = Hooks()
+    assert [hooks.add(Recorder("", [])) for _ in range(3)] == ["Recorder", "Recorder-2", "Recorder-3"]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit(3)])
+def test_an_observer_that_raises_is_isolated_and_switched_off_after_three(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        calls = 0
+
+        def on_step_end(self) -> None:
+            self.calls += 1
+            raise error
+
+    hooks, seen, broken = Hooks(), [], Broken()
+    hooks.add(Recorder("healthy", seen))
+    hooks.add(broken, "broken")
+    with caplog.at_level(logging.ERROR, logger="apt"), pytest.warns(AptWarning, match="broken.on_step_end failed"):
+        for step in range(6):
+            step_end(hooks, step)
+            hooks.settle()
+    assert len(seen) == 6
+    assert broken.calls == MAX_OBSERVER_FAILURES
+    assert hooks.failures[-1].switched_off
+    assert hooks.dropped == [], "an observer takes nothing from the run"
+    assert all(record.exc_info for record in caplog.records)
+
+
+def test_switching_off_waits_for_the_step_boundary() -> None:
+    class Broken:
+        calls = 0
+
+        def extra_losses(self) -> None:
+            self.calls += 1
+            raise ValueError
+
+    hooks, broken = Hooks(), Broken()
+    hooks.add(broken, "broken")
+    arguments = dict.fromkeys(("trainer", "batch", "logits", "targets", "model_state"))
+    with pytest.warns(AptWarning) as warned:
+        for _ in range(2):  # two micro-batches of one step
+            hooks.call("extra_losses", **arguments)
+    assert (broken.calls, len(warned)) == (2, 1)
+    hooks.settle()
+    hooks.call("extra_losses", **arguments)
+    assert broken.calls == 2
+    assert hooks.dropped == ["broken.extra_losses"]
+
+
+def test_an_effect_that_fails_stops_the_run_under_stop() -> None:
+    class Broken:
+        def on_before_optimizer_step(self) -> None:
+            raise ValueError("no")
+
+    hooks = Hooks("stop")
+    hooks.add(Broken(), "broken")
+    with pytest.raises(TrainingError, match=r"broken\.on_before_optimizer_step failed: ValueError: no"):
+        hooks.call("on_before_optimizer_step", optimizer=None, trainer=None)
+
+
+def test_every_hook_of_a_provider_in_use_is_an_effect() -> None:
+    class Broken:
+        def on_step_end(self) -> None:
+            raise ValueError
+
+    hooks = Hooks()
+    hooks.add(Broken(), "router.x", provider_in_use=True)
+    with pytest.warns(AptWarning, match="training goes on without it"):
+        step_end(hooks)
+    hooks.settle()
+    assert hooks.dropped == ["router.x.on_step_end"]
+
+
+def test_what_a_resumed_run_had_lost_stays_off() -> None:
+    hooks, seen = Hooks(), []
+    hooks.add(Recorder("x", seen), "router.x", provider_in_use=True)
+    hooks.switch_off(["router.x.on_step_end"])
+    step_end(hooks)
+    assert seen == []
+    assert hooks.dropped == ["router.x.on_step_end"]
+
+
+def test_a_chain_passes_on_what_the_last_one_made() -> None:
+    class Add:
+        def on_next_token(self, logits: int) -> int:
+            return logits + 1
+
+    class Nothing:
+        def on_next_token(self, logits: int, generator: Any) -> None:
+            return None
+
+    class Broken:
+        def on_next_token(self, logits: int) -> int:
+            raise ValueError
+
+    hooks = Hooks()
+    for plugin in (Add(), Nothing(), Broken(), Add()):
+        hooks.add(plugin)
+    with pytest.warns(AptWarning):
+        assert hooks.chain("on_next_token", "logits", 40, generator=None) == 42
+
+
+def test_a_failure_is_announced_and_an_announcer_that_fails_does_not_recurse() -> None:
+    class Broken:
+        def on_step_end(self) -> None:
+            raise ValueError
+
+        def on_plugin_failed(self, failure: Any) -> None:
+            heard.append(failure.where)
+            raise ValueError
+
+    heard: list[str] = []
+    hooks = Hooks()
+    hooks.add(Broken(), "broken")
+    with pytest.warns(AptWarning):
+        step_end(hooks)
+    assert heard == ["broken.on_step_end"]
+
+
+def test_keyboard_interrupt_is_never_swallowed() -> None:
+    class Stopped:
+        def on_step_end(self) -> None:
+            raise KeyboardInterrupt
+
+    hooks = Hooks()
+    hooks.add(Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        step_end(hooks)
+
+
+def wrapper() -> types.ModuleType:
+    @hookimpl(wrapper=True)
+    def on_step_end(step: int) -> Any:
+        yield
+
+    return module(on_step_end=on_step_end)
+
+
+class UnknownArgument:
+    def on_step_end(self, stp: int) -> None: ...
+
+
+class DefaultArgument:
+    def on_step_end(self, step: int = 0) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words"), [(UnknownArgument(), "stp"), (DefaultArgument(), "default"), (wrapper(), "wrapper")]
+)
+def test_an_implementation_that_does_not_fit_is_refused_and_leaves_nothing_behind(plugin: object, words: str) -> None:
+    hooks = Hooks()
+    with pytest.raises(PluginError, match=words):
+        hooks.add(plugin, "misfit")
+    assert hooks.names() == []
+    assert step_end(hooks) == []
+
+
+def test_a_method_that_is_nearly_a_hook_is_pointed_out() -> None:
+    class Slip:
+        def on_epoch_started(self, epoch: int) -> None: ...
+
+    with pytest.warns(AptWarning, match="did you mean on_epoch_start"):
+        Hooks().add(Slip())
+
+
+def test_properties_of_an_object_are_not_run() -> None:
+    class Lazy:
+        @property
+        def expensive(self) -> int:
+            raise AssertionError("looked at")
+
+        def on_step_end(self) -> None: ...
+
+    Hooks().add(Lazy())
+    assert has_hooks(Lazy())
+    assert not has_hooks(object())

@@ -1,0 +1,164 @@
+"""The parts of training that need no run: the learning rate, the optimizer's groups, the step's maths, metrics, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from apt.core.config import TrainingConfig
+from apt.data.loader import Batch
+from apt.training.metrics import MetricsFile, read_metrics
+from apt.training.optim import build_optimizer, learning_rate
+from apt.training.signals import Interrupted, catch_signals
+from apt.training.step import accumulate_gradients, cross_entropy, update
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
+    config = TrainingConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    rates = [learning_rate(step, 110, config) for step in range(110)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    # halfway through the cosine the rate is halfway between peak and floor
+    assert learning_rate(10 + 99 // 2, 110, config) == pytest.approx(0.55, abs=0.01)
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.55), ("constant", 1.0)])
+def test_other_learning_rate_schedules(schedule: str, middle: float) -> None:
+    config = TrainingConfig(learning_rate=1.0, lr_schedule=schedule)
+    assert learning_rate(50, 101, config) == pytest.approx(middle)
+
+
+def test_the_floor_is_a_tenth_of_the_peak_unless_given_and_a_run_of_one_step_has_a_rate() -> None:
+    config = TrainingConfig(learning_rate=1.0)
+    assert learning_rate(999, 1000, config) == pytest.approx(0.1)
+    assert math.isfinite(learning_rate(0, 1, config))
+    assert learning_rate(5000, 1000, config) == pytest.approx(0.1), "a run that is extended does not rise again"
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    taps = nn.Parameter(torch.zeros(2, 4))
+    taps.no_weight_decay = True  # type: ignore[attr-defined]
+    model.register_parameter("taps", taps)
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3))
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert decayed["param_names"] == ["0.weight"]
+    assert set(spared["param_names"]) == {"taps", "0.bias", "1.weight", "1.bias"}
+
+
+class Tiny(nn.Module):
+    def __init__(self, aux: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.out, self.aux = nn.Embedding(11, 8), nn.Linear(8, 11), aux
+
+    def forward(self, tokens: torch.Tensor, positions: None = None, document_ids: None = None) -> SimpleNamespace:
+        hidden = self.embedding(tokens)
+        aux_loss = 0.5 * hidden.square().mean() if self.aux else None
+        return SimpleNamespace(logits=self.out(hidden), hidden=hidden, aux_loss=aux_loss)
+
+
+def tiny_batch(rows: int = 6) -> Batch:
+    tokens = torch.randint(0, 11, (rows, 5), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens, tokens.roll(-1, dims=1))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
+    torch.manual_seed(0)
+    model, batch = Tiny(), tiny_batch()
+    whole = F.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.targets.flatten())
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    loss = accumulate_gradients(model, batch.split(parts), nullcontext())
+    assert loss.total.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert not loss.total.requires_grad
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_extra_losses_and_aux_losses_join_before_backward(parts: int) -> None:
+    torch.manual_seed(0)
+    model, batch = Tiny(aux=True), tiny_batch()
+    seen: list[dict[str, object]] = []
+
+    def extra(
+        batch: Batch, logits: torch.Tensor, targets: torch.Tensor, state: dict[str, object]
+    ) -> dict[str, torch.Tensor]:
+        seen.append(state)
+        return {"penalty": logits.square().mean()}
+
+    output = model(batch.tokens)
+    base = F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten())
+    whole = base + output.aux_loss + output.logits.square().mean()
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    loss = accumulate_gradients(model, batch.split(parts), nullcontext(), extra)
+    assert set(loss.parts) == {"aux_loss", "penalty"}
+    assert loss.total.item() == pytest.approx(whole.item(), rel=1e-5)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert len(seen) == parts
+    assert set(seen[0]) == {"tokens", "hidden", "aux_loss", "document_ids"}
+
+
+def test_positions_without_a_target_do_not_count() -> None:
+    logits = torch.randn(1, 4, 7)
+    targets = torch.tensor([[1, -100, 2, -100]])
+    expected = F.cross_entropy(logits[0, [0, 2]], torch.tensor([1, 2]))
+    assert cross_entropy(logits, targets) == pytest.approx(expected.item())
+
+
+def test_update_clips_steps_and_clears() -> None:
+    parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr_scale": 0.5}], lr=123.0)
+    parameter.grad = torch.tensor([30.0, 40.0])
+    norm = update(optimizer, [parameter], learning_rate=0.2, clip=1.0)
+    assert norm is not None
+    assert norm.item() == pytest.approx(50.0)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([3.0 - 0.1 * 0.6, 4.0 - 0.1 * 0.8]))
+    assert parameter.grad is None
+    parameter.grad = torch.tensor([1.0, 0.0])
+    assert update(optimizer, [parameter], learning_rate=1.0, clip=0.0) is None
+
+
+def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    for step in range(5):
+        metrics.on_log({"event": "train", "step": step, "epoch": 0, "loss": math.nan if step == 1 else 0.5})
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')  # a crash in mid-line
+    MetricsFile(path, resume_step=3).on_log({"event": "train", "step": 3, "epoch": 0})
+    records = list(read_metrics(path))
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert records[1]["loss"] is None, "JSON has no NaN"
+
+
+def test_the_first_signal_asks_and_the_second_acts() -> None:
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("acted"))
+    try:
+        with catch_signals() as request:
+            assert not request
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signum == signal.SIGTERM
+            assert not seen
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == ["acted"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == ["acted", "acted"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Interrupted(signal.SIGTERM, "stopped").exit_code == 143
+    assert Interrupted(signal.SIGINT, "stopped").exit_code == 130

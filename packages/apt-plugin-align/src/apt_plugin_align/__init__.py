@@ -1,0 +1,1 @@
+"""Alignment for APT: losses that compare two states of one model, beside the cross-entropy."""

@@ -1,0 +1,1 @@
+"""Attention kernels for APT: attention providers that run on fused GPU kernels."""

@@ -1,0 +1,1 @@
+"""Mixture of experts for APT: routers that turn dense feed-forward layers into experts."""

@@ -1,0 +1,1 @@
+"""Quantisation for APT: models whose weights are stored or computed in fewer bits."""

@@ -1,0 +1,1 @@
+"""Retrieval for APT: indexes of passages, and generation that reads from them."""

@@ -1,0 +1,1 @@
+"""Parts that core does not have, written against the contract alone."""
