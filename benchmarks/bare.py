@@ -1,6 +1,6 @@
 """A bare PyTorch loop over a model: what one writes by hand, with nothing of a trainer in it.
 
-It clips and schedules the learning rate as the trainer does, so that what is left between the two is the trainer's own cost.
+It clips and schedules the learning rate as the trainer does: what is left between the two is the trainer's own cost.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class BareLoop:
 
 
 class Alternate:
-    """A hook that lets a bare loop run between stretches of the trainer's steps, in one process and in turn, so that both
-    meet the same machine.
+    """A hook that lets a bare loop run between stretches of the trainer's steps, in one process and in turn, so that
+    both meet the same machine.
 
     Attributes:
-        trainer_seconds, bare_seconds: seconds per step of each stretch; the first stretch of both is warm-up and left out.
+        trainer_seconds, bare_seconds: seconds per step of each stretch, the warm-up included.
     """
 
     def __init__(self, steps: int) -> None:

@@ -47,7 +47,8 @@ def main() -> int:
                 },
                 "data": {"train_path": str(text)},
                 "training": {
-                    "batch_size": 12, "max_epochs": 100, "max_steps": args.steps * (args.stretches + 1), "eval_batches": 1,
+                    "batch_size": 12, "max_epochs": 100, "eval_batches": 1,
+                    "max_steps": args.steps * (args.stretches + 1),
                 },
                 "hardware": {"device": "cpu", "threads": 1},
                 "output_dir": folder,

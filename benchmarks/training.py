@@ -57,7 +57,8 @@ def main() -> int:
     ours, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / t for t, b in pairs)
     print(
-        f"torch {torch.__version__}, {args.threads} thread(s), {args.attention}, {len(pairs)} stretches of {args.steps} steps"
+        f"torch {torch.__version__}, {args.threads} thread(s), {args.attention}, "
+        f"{len(pairs)} stretches of {args.steps} steps"
     )
     print(f"apt train   {tokens / ours:>9,.0f} tokens/s")
     print(f"bare loop   {tokens / bare:>9,.0f} tokens/s")

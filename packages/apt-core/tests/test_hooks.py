@@ -35,7 +35,8 @@ def step_end(hooks: Hooks, step: int = 0) -> list[tuple[str, Any]]:
 def test_every_spec_is_an_observer_or_an_effect_as_documented() -> None:
     effects = SPEC_NAMES - OBSERVERS
     assert effects == {
-        "apt_register_providers", "apt_register_commands", "apt_register_options", "on_model_built", "on_optimizer_built",
+        "apt_register_providers", "apt_register_commands", "apt_register_options", "on_model_built",
+        "on_optimizer_built",
         "extra_losses", "on_before_optimizer_step", "on_checkpoint_save", "on_checkpoint_load", "on_generation_start",
         "on_next_token",
     }  # fmt: skip

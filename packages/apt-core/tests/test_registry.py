@@ -94,7 +94,7 @@ def test_an_import_string_is_imported_when_it_is_built(registry: Registry) -> No
     ],
 )
 def test_what_cannot_be_had_falls_back_loudly_or_raises(registry: Registry, name: str, why: str) -> None:
-    with pytest.warns(FallbackWarning, match=f"{why}.*using attention:tva_default instead"):
+    with pytest.warns(FallbackWarning, match=rf"{why}.*using attention:tva_default instead"):
         assert type(registry.get("attention", name)) is Plain
     with pytest.raises(ProviderError, match=why):
         registry.get("attention", name, fallback=False)
@@ -132,7 +132,7 @@ def test_two_plugins_that_claim_one_name_are_both_shown_and_neither_wins(registr
         with registry.owned_by(plugin, f"dist-{plugin}", "1.0"):
             registry.register("ffn", "contested", cls)
     assert [claim.plugin for claim in registry.claims() if claim.name == "contested"] == ["a", "b"]
-    with pytest.raises(ConflictError, match="dist-a.*dist-b"):
+    with pytest.raises(ConflictError, match=r"dist-a.*dist-b"):
         registry.get("ffn", "contested")
 
 

@@ -338,6 +338,16 @@ def test_under_stop_an_effect_that_fails_ends_the_run_after_saving(config: Confi
     assert [path.name for path in (trainer.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_state_that_no_checkpoint_can_hold_costs_that_plugin_alone_its_state(config: Config) -> None:
+    class Wrong:
+        def on_checkpoint_save(self) -> dict[str, Any]:
+            return {"file": open}
+
+    with pytest.warns(AptWarning, match=r"Wrong\.on_checkpoint_save failed"):
+        trainer = train(config, Wrong())
+    assert max((trainer.run_dir / "checkpoints").iterdir()).name == "step-00000018"
+
+
 @pytest.mark.parametrize("returned", [{"x": 3.0}, [1], {"x": torch.zeros(2)}])
 def test_an_extra_loss_of_a_wrong_type_is_a_failed_effect(config: Config, returned: Any) -> None:
     class Wrong:
@@ -355,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config: Config
 
     trainer = Trainer(config, quiet=True)
     trainer.register_hook(Poison())
-    with pytest.raises(TrainingError, match="not finite.*the checkpoint of step 6 is kept"):
+    with pytest.raises(TrainingError, match=r"not finite.*the checkpoint of step 6 is kept"):
         trainer.train()
     assert all(torch.isfinite(w).all() for w in last_weights(trainer.run_dir).values())
 
@@ -379,7 +389,7 @@ def test_an_error_in_a_layer_stops_the_run_after_saving_it(config: Config) -> No
     registry.register("ffn", "fuse", Fuse)
     config["model"]["ffn_name"] = "fuse"
     trainer = Trainer(config, quiet=True)
-    with pytest.raises(TrainingError, match="the fuse blew.*saved.*--resume") as failed:
+    with pytest.raises(TrainingError, match=r"the fuse blew.*saved.*--resume") as failed:
         trainer.train()
     assert isinstance(failed.value.__cause__, RuntimeError)
     assert max((trainer.run_dir / "checkpoints").iterdir()).name == "step-00000007"
@@ -412,7 +422,7 @@ def test_two_trainers_in_one_process_share_nothing(config: Config, tmp_path: Pat
 
 def test_strict_refuses_a_fallback_that_else_is_loud(config: Config) -> None:
     config["model"]["attention_name"] = "flash_v2"
-    with pytest.warns(AptWarning, match="using attention:tva_default instead.*apt-plugin-flash"):
+    with pytest.warns(AptWarning, match=r"using attention:tva_default instead.*apt-plugin-flash"):
         trainer = train(config)
     slot = trainer.in_use.slots["attention", "flash_v2"]
     assert (slot.name, slot.is_fallback) == ("tva_default", True)

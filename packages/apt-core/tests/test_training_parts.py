@@ -1,4 +1,4 @@
-"""The parts of training that need no run: the learning rate, the optimizer's groups, the step's maths, metrics, signals."""
+"""The parts of training that need no run: learning rate, optimizer groups, the step's maths, metrics, signals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
     assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     # halfway through the cosine the rate is halfway between peak and floor
     assert learning_rate(10 + 99 // 2, 110, config) == pytest.approx(0.55, abs=0.01)
 

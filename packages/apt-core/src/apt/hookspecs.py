@@ -22,7 +22,7 @@ has; arguments are only ever added. This is the run, as pseudocode:
             on_step_end(step, loss, trainer)
             on_log(record)                                    # every training.log_every steps
             on_evaluation_end(metrics, trainer); on_log(record)     # every training.eval_every steps
-            on_checkpoint_save(trainer)                       # every checkpoint.every steps, and after a best evaluation
+            on_checkpoint_save(trainer)                       # every checkpoint.every steps, and when it is the best
         on_evaluation_end(metrics, trainer); on_log(record)   # unless it has just been evaluated
         on_epoch_end(epoch, trainer)
         on_checkpoint_save(trainer)
@@ -38,8 +38,8 @@ has; arguments are only ever added. This is the run, as pseudocode:
 Among several plugins the order is pluggy's: `tryfirst`, then the one registered last first, then `trylast`.
 
 Numbers. `epoch` counts from 0 and is shown as `Epoch 3/5 (epoch=2)`. `step` is the index of the optimizer step, from 0
-over the whole run. `loss` is a detached 0-d tensor on the model's device: reading it with `.item()` waits for the device,
-so do that seldom.
+over the whole run. `loss` is a detached 0-d tensor on the model's device: reading it with `.item()` waits for the
+device, so do that seldom.
 
 What a hook may rely on, `trainer`:
 
@@ -68,10 +68,10 @@ and `model_state`, a new dict for each micro-batch:
 | `aux_loss` | 0-d tensor, the sum of what the FFN layers returned, or None |
 | `document_ids` | int64 [B, T], or None where documents are not kept apart |
 
-Failure has two kinds. A hook marked *observer* only looks: if it raises, the others still run, the traceback goes to the
-run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and so is every
-hook of a provider in use: under `on_plugin_error: drop` training goes on without it, said aloud and recorded; under
-`stop` the run saves and ends.
+Failure has two kinds. A hook marked *observer* only looks: if it raises, the others still run, the traceback goes to
+the run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and
+so is every hook of a provider in use: under `on_plugin_error: drop` training goes on without it, said aloud and
+recorded; under `stop` the run saves and ends.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def apt_register_commands(commands: Any) -> None:
 
 @hookspec
 def apt_register_options(command: str, options: Any) -> None:
-    """Add options to a command of core. `options` is the `argparse` group of this plugin on that command; asked only when
-    that command runs."""
+    """Add options to a command of core. `options` is the `argparse` group of this plugin on that command; asked only
+    when that command runs. What was given is in `trainer.options`."""
 
 
 # Build
@@ -168,8 +168,8 @@ def on_step_start(step: int, batch: Any, trainer: Any) -> None:
 def extra_losses(
     trainer: Any, batch: Any, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
 ) -> Mapping[str, Tensor] | None:
-    """Losses to add to the cross-entropy of one micro-batch before `backward`, by name: 0-d tensors, weights applied, on
-    the scale of a mean per token.
+    """Losses to add to the cross-entropy of one micro-batch before `backward`, by name: 0-d tensors, weights applied,
+    on the scale of a mean per token.
 
     Args:
         logits: [B, T, V], with their graph.
@@ -216,7 +216,7 @@ def on_log(record: Mapping[str, Any]) -> None:
 
 @hookspec
 def on_checkpoint_save(trainer: Any) -> dict[str, Any] | None:
-    """State to keep in the checkpoint, per plugin: nested dicts and lists of tensors, numbers, strings, bools and None."""
+    """State to keep in the checkpoint, per plugin: nested dicts and lists of tensors, numbers, strings and None."""
 
 
 @hookspec

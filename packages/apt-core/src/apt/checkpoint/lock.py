@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ FORMAT = 1
 
 ONLOOKERS = frozenset({"tracker"})
 """Kinds that only look: a run goes on as before without them, or with others."""
+
+MODEL_KINDS = frozenset({"attention", "ffn", "router"})
+"""Kinds that a model is made of: all that matters where it is only used."""
 
 
 def write_lock(
@@ -66,7 +69,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     return dict(lock)
 
 
-def check_lock(old: Mapping[str, Any], slots: Iterable[Slot]) -> list[str]:
+def check_lock(old: Mapping[str, Any], slots: Iterable[Slot], kinds: Container[str] | None = None) -> list[str]:
     """Whether a run may go on with these providers.
 
     A provider may give way to another one whose layers share its weights' layout, with an AptWarning; so may a version
@@ -75,6 +78,7 @@ def check_lock(old: Mapping[str, Any], slots: Iterable[Slot]) -> list[str]:
     Args:
         old: what `read_lock` returned.
         slots: what the run would go on with.
+        kinds: compare these alone; None for all but the onlookers.
 
     Returns:
         The sentences that were warned of.
@@ -82,8 +86,12 @@ def check_lock(old: Mapping[str, Any], slots: Iterable[Slot]) -> list[str]:
     Raises:
         CheckpointError: another provider is in effect for a kind than the one recorded.
     """
-    recorded = [record for record in old["slots"] if record["name"] and record["kind"] not in ONLOOKERS]
-    present = [_record(slot, {}) for slot in slots if slot.name and slot.kind not in ONLOOKERS]
+
+    def compared(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        counts = (lambda kind: kind in kinds) if kinds is not None else (lambda kind: kind not in ONLOOKERS)
+        return [record for record in records if record["name"] and counts(record["kind"])]
+
+    recorded, present = compared(old["slots"]), compared(_record(slot, {}) for slot in slots)
     notes: list[str] = []
     for kind in dict.fromkeys(record["kind"] for record in (*recorded, *present)):
         before = {record["name"]: record for record in recorded if record["kind"] == kind}

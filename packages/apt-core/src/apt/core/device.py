@@ -70,7 +70,7 @@ def use_bf16(setting: str | bool, device: torch.device, d_model: int) -> bool:
     if setting in (True, "bf16"):
         return True
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return device.type == "cpu" and cpu_has_bf16() and d_model >= BF16_MIN_WIDTH
 
 
@@ -101,8 +101,8 @@ def describe_hardware() -> Hardware:
 def keep_freed_pages() -> bool:
     """Tell glibc to keep freed pages instead of returning them to the system after each step.
 
-    Training frees and takes the same large blocks over and over; faulting their pages in anew costs 5 to 10% of a step on
-    CPUs. Returns whether it took effect: on Linux with glibc.
+    Training frees and takes the same large blocks over and over; faulting their pages in anew costs 5 to 10% of a step
+    on CPUs. Returns whether it took effect: on Linux with glibc.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

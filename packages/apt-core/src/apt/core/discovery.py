@@ -1,12 +1,12 @@
 """Plugins: found through their entry points, selected before any of them is imported, loaded one by one.
 
-Whatever a plugin raises while it loads disables that plugin alone, with a status and a reason that `apt plugin-list` shows.
+Whatever a plugin raises while it loads disables that plugin alone, with a status and a reason that `apt plugin-list`
+shows.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 import warnings
@@ -103,6 +103,7 @@ def choose(
         profile: the profile's `plugins`.
         environ: read for APT_PLUGINS and APT_DISABLE_PLUGINS, names apart by commas or spaces.
     """
+    names: tuple[str, ...] | None
     if no_plugins:
         names, source = (), "--no-plugins"
     elif plugins is not None:
@@ -235,14 +236,33 @@ def _compatible(theirs: object, ours: tuple[int, int]) -> bool:
 def _describe(point: Any) -> Plugin:
     plugin = Plugin(point.name, point.value)
     if point.dist is not None:
-        plugin.distribution, plugin.version = point.dist.metadata["Name"], point.dist.metadata["Version"]
-        try:
-            origin = json.loads(point.dist.read_text("direct_url.json") or "{}")
-        except ValueError:
-            origin = {}
-        if origin.get("dir_info", {}).get("editable"):
-            plugin.source = f"editable: {origin['url'].removeprefix('file://')}"
+        plugin.distribution, plugin.version = _name_and_version(point.dist)
+        plugin.source = _source(point.dist.read_text("direct_url.json")) or plugin.source
     return plugin
+
+
+def _source(direct_url: str | None) -> str | None:
+    """Where an editable install lies; None for any other."""
+    if direct_url is None:
+        return None
+    import json
+
+    try:
+        origin = json.loads(direct_url)
+        return f"editable: {origin['url'].removeprefix('file://')}" if origin["dir_info"]["editable"] else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _name_and_version(distribution: Any) -> tuple[str | None, str | None]:
+    """From the head of its METADATA; the mail parser behind `distribution.metadata` costs 10 ms, and 1 ms a file."""
+    fields: dict[str, str] = {}
+    for line in (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").splitlines():
+        if not line:
+            break
+        key, _, value = line.partition(":")
+        fields.setdefault(key.lower(), value.strip())
+    return fields.get("name"), fields.get("version")
 
 
 def _split(names: str) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ mend it. The command line prints that line and exits 2; `--debug` shows the trac
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -80,5 +79,7 @@ class FallbackWarning(AptWarning):
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
     """The known name nearest to `name`, or None if none is near enough to be a slip of the fingers."""
+    import difflib
+
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

@@ -7,17 +7,19 @@ isolation needs to know which implementation raised, and state is kept per plugi
 from __future__ import annotations
 
 import inspect
-import logging
 import types
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
 from apt import hookspecs
 from apt.core.errors import AptWarning, PluginError, TrainingError, did_you_mean
+
+if TYPE_CHECKING:
+    import logging
 
 MAX_OBSERVER_FAILURES = 3
 
@@ -88,7 +90,7 @@ class Hooks:
     def __init__(self, on_plugin_error: OnPluginError = "drop", logger: logging.Logger | None = None) -> None:
         self.on_plugin_error = on_plugin_error
         self.failures: list[Failure] = []
-        self.logger = logger or logging.getLogger("apt")
+        self._logger = logger
         self.manager = _Manager(hookspecs.PROJECT)
         self.manager.add_hookspecs(hookspecs)
         self._providers: set[str] = set()
@@ -202,7 +204,7 @@ class Hooks:
         switched_off = not stop and (call.effect or call.failures >= MAX_OBSERVER_FAILURES)
         failure = Failure(call.plugin, hook, error, call.effect, switched_off)
         self.failures.append(failure)
-        self.logger.error("%s", failure, exc_info=error)
+        self._log(failure)
         if stop:
             raise TrainingError(
                 f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to train without it"
@@ -212,6 +214,11 @@ class Hooks:
         warnings.warn(str(failure), AptWarning, stacklevel=3)
         if hook != "on_plugin_failed":
             self.call("on_plugin_failed", failure=failure)
+
+    def _log(self, failure: Failure) -> None:
+        from apt.core.logging import get_logger  # not at the top: listing plugins needs none, and it costs a few ms
+
+        (self._logger or get_logger()).error("%s", failure, exc_info=failure.error)
 
     def _is_effect(self, plugin: str, hook: str) -> bool:
         return hook not in OBSERVERS or plugin in self._providers

@@ -7,7 +7,6 @@ built: so what is installed can be listed without importing any of it.
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ class Provider(ABC):
     Args:
         config: this provider's section of the profile, or None for the defaults.
 
-    A subclass may name a pydantic model as `Config`: `self.config` is then an instance of it, validated, else a plain dict.
+    A subclass may name a pydantic model as `Config`: `self.config` is then an instance of it, else a plain dict.
     """
 
     Config: ClassVar[type[Any] | None] = None
@@ -50,7 +49,7 @@ class Provider(ABC):
 
     @classmethod
     def validate_config(cls, config: Any) -> Any:
-        """`config` as an instance of `Config`, defaults filled in. Raises pydantic's ValidationError if it does not fit."""
+        """`config` as an instance of `Config`, defaults filled in; pydantic's ValidationError if it does not fit."""
         return cls.Config.model_validate(config) if cls.Config is not None else config
 
     def get_dependencies(self) -> list[str]:
@@ -354,6 +353,8 @@ def _fingerprint(config: Any) -> str:
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping):
         config = dict(config)
+    import json
+
     try:
         return json.dumps(config or {}, sort_keys=True)
     except (TypeError, ValueError):

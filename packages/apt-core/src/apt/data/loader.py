@@ -96,11 +96,11 @@ class TokenLoader:
         self._document_mask = document_mask
         # Row i is ids[i : i + T + 1]: a batch is one fancy index into this view.
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens.ids, block_size + 1)
-        # However the offset falls, an epoch has the same number of blocks: the one that the largest offset leaves, but
-        # a full batch where the text suffices for one.
+        # However the offset falls, an epoch has the same number of blocks. They leave room for every offset within a
+        # block, unless the text then falls short of one batch.
         steps = len(tokens) - 1
         self._blocks = max(min(batch_size, steps // block_size), (steps - (block_size - 1)) // block_size)
-        self._slack = min(block_size - 1, steps - self._blocks * block_size)
+        self._slack = steps - self._blocks * block_size
 
     @property
     def tokens_per_batch(self) -> int:
@@ -110,11 +110,6 @@ class TokenLoader:
     def __len__(self) -> int:
         """Batches per epoch, the same for every epoch."""
         return self._blocks // self.batch_size
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens that one batch is trained on."""
-        return self.batch_size * self.block_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`."""

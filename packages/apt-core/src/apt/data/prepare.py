@@ -175,12 +175,13 @@ class _Text:
         self._total: int | None = None
 
     def fingerprint(self) -> str:
-        self._total = self.dataset.size_hint()
-        if self._progress:
-            self._progress("reading", 0, self._total)
-        found = self.dataset.fingerprint()
-        if self._progress:
-            self._progress("reading", self._total or 0, self._total or 0)
+        try:
+            self._total = self.dataset.size_hint()
+            self._tell("reading", 0, self._total)
+            found = self.dataset.fingerprint()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._tell("reading", self._total or 0, self._total or 0)
         return found
 
     def pieces(self, stage: str) -> Iterator[Piece]:
@@ -190,14 +191,13 @@ class _Text:
                 yield piece
                 done += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8"))
                 now = time.monotonic()
-                if self._progress and now - told >= PROGRESS_SECONDS:
-                    self._progress(stage, done, self._total)
+                if now - told >= PROGRESS_SECONDS:
+                    self._tell(stage, done, self._total)
                     told = now
         except OSError as error:
-            raise DataError(f"{self.label} cannot be read: {error}", hint="check that it is still there") from error
-        if self._progress:
-            done = self._total or done  # the size was a guess: the stage is over all the same
-            self._progress(stage, done, done)
+            raise self._unreadable(error) from error
+        done = self._total or done  # the size was a guess: the stage is over all the same
+        self._tell(stage, done, done)
 
     def tokens(self, folder: Path, key: bytes, tokenizer: Tokenizer) -> Tokens:
         try:
@@ -214,3 +214,10 @@ class _Text:
                 stacklevel=4,
             )
         return tokens
+
+    def _tell(self, stage: str, done: int, total: int | None) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+    def _unreadable(self, error: OSError) -> DataError:
+        return DataError(f"{self.label} cannot be read: {error}", hint="check that it is there and readable")

@@ -30,7 +30,8 @@ FORMAT_VERSION = 1
 
 _MAGIC = b"APTTOKEN"
 _HEADER = struct.Struct("<8sHHIQQ32s")
-"""Magic, version, bytes per token, CRC-32 of what follows, tokens, documents, key."""
+"""Magic, version, bytes per token, CRC-32 (of what follows the header, then of the header with 0 in its place),
+tokens, documents, key."""
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -124,8 +125,13 @@ def _write(file: BinaryIO, key: bytes, pieces: Iterable[Piece], tokenizer: Token
         raise DataError("the dataset holds no text", hint="give files with text in them")
     put(bytes(-count * dtype.itemsize % 8))
     put(starts.tobytes())
+    checksum = zlib.crc32(_header(dtype.itemsize, 0, count, len(starts), key), checksum)
     file.seek(0)
-    file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, dtype.itemsize, checksum, count, len(starts), key))
+    file.write(_header(dtype.itemsize, checksum, count, len(starts), key))
+
+
+def _header(itemsize: int, checksum: int, count: int, documents: int, key: bytes) -> bytes:
+    return _HEADER.pack(_MAGIC, FORMAT_VERSION, itemsize, checksum, count, documents, key)
 
 
 def _open(path: Path, key: bytes) -> Tokens:
@@ -141,7 +147,7 @@ def _open(path: Path, key: bytes) -> Tokens:
     if size != _HEADER.size + token_bytes + documents * 8:
         raise ValueError(f"{size} bytes instead of {_HEADER.size + token_bytes + documents * 8}")
     content = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)
-    if zlib.crc32(content.data) != checksum:
+    if zlib.crc32(_header(itemsize, 0, count, documents, key), zlib.crc32(content.data)) != checksum:
         raise ValueError("its checksum does not match")
     with suppress(OSError):
         os.utime(path)  # when it was used last decides when it is cleared away

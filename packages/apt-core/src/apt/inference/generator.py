@@ -21,7 +21,7 @@ class Generator:
     Args:
         loaded: an opened run.
 
-    Attributes that hooks may rely on: `model`, `tokenizer`, `device`, and `tokens` (int64 [B, T], what there is so far).
+    Attributes that hooks may rely on: `model`, `tokenizer`, `device`, and `tokens` (int64 [B, T], all there is yet).
     """
 
     def __init__(self, loaded: LoadedRun) -> None:
@@ -82,7 +82,7 @@ class Generator:
         cache = self.model.make_cache(1, limit) if self.model.supports("cache") else None
         for _ in range(max_new_tokens):
             if cache is None or self.tokens.shape[1] > limit:
-                # Beyond the longest context only the newest tokens count; their positions move, so a cache would not hold.
+                # Beyond the longest context only the newest tokens count; their positions move, and no cache holds.
                 cache = None
                 logits_BV = self.model(self.tokens[:, -limit:], last_only=True).logits[:, -1]
             else:
@@ -109,7 +109,7 @@ class Generator:
 class _IncrementalDecoder:
     """Text from tokens as they come.
 
-    A tokenizer may write a token differently at the start of a text, so each token is decoded behind the ones before it. A
+    A tokenizer may write a token differently at the start of a text, so each is decoded behind the ones before it. A
     character whose bytes are spread over several tokens waits for the last of them.
     """
 
@@ -120,7 +120,7 @@ class _IncrementalDecoder:
 
     def push(self, token: int) -> str:
         self._pending.append(token)
-        # An unfinished UTF-8 sequence decodes to U+FFFD; the longest has four bytes, so after four tokens it is no sequence.
+        # An unfinished UTF-8 sequence decodes to U+FFFD. The longest has four bytes: after four tokens it is none.
         unfinished = self._decode(self._pending).endswith("\ufffd") and len(self._pending) < 4
         return "" if unfinished else self.flush()
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from apt.checkpoint.lock import check_lock, read_lock
+from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import Plugins, choose, discover
+from apt.core.errors import CheckpointError
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
@@ -66,10 +67,21 @@ def load_run(
     in_use = ProvidersInUse(registry, sections, strict=strict)
     tokenizer = load_tokenizer(run.tokenizer)
     model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    check_lock(read_lock(run.lock), list(in_use.slots.values()))
+    check_lock(read_lock(run.lock), in_use.slots.values(), MODEL_KINDS)
     store = CheckpointStore(run.checkpoints)
-    step = {None: None, "last": None, "best": store.best()}.get(checkpoint, checkpoint)
-    step, weights = store.load_weights(step)
+    step, weights = store.load_weights(_step(store, checkpoint))
     model.load_state_dict(weights)
     target = pick_device(device)
     return LoadedRun(config, model.to(target).eval(), tokenizer, target, found, in_use, step)
+
+
+def _step(store: CheckpointStore, checkpoint: str | int | None) -> int | None:
+    """The step that "last", "best" or a number means; None for the newest that is whole."""
+    if checkpoint == "best":
+        return store.best()
+    if checkpoint in (None, "last"):
+        return None
+    try:
+        return int(str(checkpoint))
+    except ValueError:
+        raise CheckpointError(f"there is no checkpoint {checkpoint!r}", hint="use last, best or a step") from None

@@ -19,7 +19,8 @@ class Sampling:
     top_k: int | None = None
     """Keep the k likeliest tokens alone."""
     top_p: float | None = None
-    """Keep the smallest set of likeliest tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020)."""
+    """Keep the smallest set of likeliest tokens whose probabilities sum to p (nucleus sampling, Holtzman et al. 2020,
+    section 3.1)."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -15,8 +15,8 @@ class MetricsFile:
 
     Args:
         path: the file; it is made at the first record.
-        resume_step: a resumed run continues at this step: what an earlier process wrote from there on is cut off, so that
-            no step stands in the file twice.
+        resume_step: a resumed run continues at this step: what an earlier process wrote from there on is cut off, so
+            that no step stands in the file twice.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from apt.core.in_use import Slot
@@ -82,8 +83,8 @@ class Progress:
             self.console.print("Nothing is left to do: every step is done. More with --epochs N.")
         elif self.console.is_terminal and not self.console.quiet:
             columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
+                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Bar(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("", total=trainer.total_steps, completed=trainer.step, numbers="")

@@ -37,7 +37,7 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Inside this block the first SIGINT or SIGTERM only sets the request; a second one acts as it would have without us.
+    """Inside this block the first SIGINT or SIGTERM only sets the request; a second one acts as it would elsewhere.
 
     Signals can be caught in the main thread alone; elsewhere the request is never set.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from apt.checkpoint.codec import encode
 from apt.checkpoint.rng import rng_state, set_rng_state
 from apt.checkpoint.store import Checkpoint
 from apt.core.errors import AptWarning, CheckpointError
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 
 def capture(trainer: Trainer) -> Checkpoint:
     """The run as it stands between two steps."""
-    states = dict(trainer.hooks.call("on_checkpoint_save", trainer=trainer))
+    states = dict(trainer.carried_states)
+    for plugin, state in trainer.hooks.call("on_checkpoint_save", trainer=trainer):
+        try:
+            encode(state, plugin)
+            states[plugin] = state
+        except CheckpointError as error:
+            # One plugin's mistake must not cost the run its checkpoint.
+            trainer.hooks.report(plugin, "on_checkpoint_save", error)
     return Checkpoint(
         step=trainer.step,
         epoch=trainer.epoch,
@@ -23,7 +31,7 @@ def capture(trainer: Trainer) -> Checkpoint:
         model=trainer.model.state_dict(),
         optimizer=trainer.optimizer.state_dict(),
         rng=rng_state(),
-        plugins={**trainer.carried_states, **states},
+        plugins=states,
         metrics=trainer.metrics if trainer.evaluated_step == trainer.step else {},
         extra={"best_val_loss": trainer.best_val_loss, "data": trainer.data.fingerprint},
         dropped=trainer.hooks.dropped,

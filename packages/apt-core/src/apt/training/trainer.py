@@ -1,8 +1,9 @@
-"""The training loop. What it calls, and when, is the pseudocode of `apt.hookspecs`; the maths of a step is in `step.py`."""
+"""The training loop. What it calls, and when, is the pseudocode of `apt.hookspecs`; one step is `training/step.py`."""
 
 from __future__ import annotations
 
 import math
+import signal
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.checkpoint.lock import check_lock, read_lock, write_lock
+from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import keep_freed_pages, pick_device, use_bf16
 from apt.core.discovery import Plugins, choose, discover
@@ -26,8 +29,6 @@ from apt.core.providers import Provider
 from apt.core.registry import registry as global_registry
 from apt.core.runs import RunFolder, new_run
 from apt.core.schedules import Schedule
-from apt.checkpoint.lock import check_lock, read_lock, write_lock
-from apt.checkpoint.store import CheckpointStore
 from apt.data.loader import Batch
 from apt.data.prepare import prepare_data
 from apt.data.tokenizers import load_tokenizer
@@ -343,8 +344,8 @@ class Trainer:
         self.run.profile.write_text(dump_yaml(self.config.model_dump(mode="json")), encoding="utf-8")
 
     def _dry_run(self) -> None:
-        """One batch forward and backward before step 1, so that what cannot work fails now. It leaves no trace: the model
-        is in evaluation mode, its gradients are dropped, the random state is put back."""
+        """One batch forward and backward before step 1, so that what cannot work fails now. It leaves no trace: the
+        model is in evaluation mode, its gradients are dropped, the random state is put back."""
         batch = next(iter(self.data.train.epoch(0))).to(self.device)
         with torch.random.fork_rng(enabled=True):
             self.model.eval()
@@ -358,9 +359,10 @@ class Trainer:
 
     def _interrupted(self) -> Interrupted:
         assert self._stop.signum is not None
+        name = "Ctrl-C" if self._stop.signum == signal.SIGINT else signal.Signals(self._stop.signum).name
         return Interrupted(
             self._stop.signum,
-            f"stopped by {'Ctrl-C' if self._stop.signum == 2 else 'SIGTERM'} after step {self.step} of {self.total_steps}; saved",
+            f"stopped by {name} after step {self.step} of {self.total_steps}; saved",
             hint=f"go on with: apt train --resume {self.run_dir}",
         )
 

@@ -24,7 +24,7 @@ class RouterProvider(Provider):
             config: the router's section of the profile.
 
         Returns:
-            A module whose forward returns `(output [B, T, D], aux_loss)`, aux_loss a 0-d tensor with its weight applied.
+            A module whose forward returns `(output [B, T, D], aux_loss)`, aux_loss 0-d, its weight applied.
         """
 
 

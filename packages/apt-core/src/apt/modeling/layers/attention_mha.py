@@ -154,7 +154,6 @@ class MHAAttentionLayer(nn.Module):
         if cache is not None:
             documents_BS = cache.write_documents(documents_BT)
             k_BSKd, v_BSKd = cache.write("keys", k_BSKd), cache.write("values", v_BSKd)
-            cache.advance(T)
         mask = build_mask(
             T,
             k_BSKd.shape[1],
@@ -165,6 +164,8 @@ class MHAAttentionLayer(nn.Module):
             query_documents_BT=documents_BT,
             key_documents_BS=documents_BS,
         )
+        if cache is not None:
+            cache.advance(T)
         out_BHTd, weights_BHTS = attend(
             q_BTHd.transpose(1, 2),
             k_BSKd.transpose(1, 2),

@@ -71,8 +71,10 @@ class VeinCache(PositionCache):
 
     def write_recent(self, c_BTDc: Tensor) -> None:
         """Add the raw vein of the new positions."""
-        run = c_BTDc if self.recent_BPDc is None else torch.cat((self.recent_BPDc, c_BTDc), 1)
-        self.recent_BPDc = run[:, -(TAPS + REWIND) :].clone() if run is c_BTDc else run[:, -(TAPS + REWIND) :]
+        new = c_BTDc[:, -(TAPS + REWIND) :]
+        kept = self.recent_BPDc if self.recent_BPDc is not None else new[:, :0]
+        surplus = max(kept.shape[1] + new.shape[1] - (TAPS + REWIND), 0)
+        self.recent_BPDc = torch.cat((kept[:, surplus:], new), 1)
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on.
@@ -232,10 +234,11 @@ class TVAAttentionLayer(nn.Module):
         if cache is not None:
             positions = cache.write_positions(positions, T, query.device)
             documents_BS = cache.write_documents(documents_BS)
+        q_BTD, vein_BSDc = self._project(query, key)
         mask = build_mask(
             T,
             S,
-            query,
+            q_BTD,
             causal=self.causal,
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
@@ -251,7 +254,6 @@ class TVAAttentionLayer(nn.Module):
             q_turns = self.rope.turns(positions, 0, T, query)
             k_turns = self.rope.turns(None, 0, S, key)
 
-        q_BTD, vein_BSDc = self._project(query, key)
         q_BTHd = self._queries(q_BTD, q_turns)
         if self.self_generates and key is query:
             past_BPDc = cache.recent_BPDc if cache is not None else None

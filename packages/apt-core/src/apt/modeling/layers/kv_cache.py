@@ -43,9 +43,6 @@ class PositionCache:
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
         self.length = max(0, min(length, self.length))
-        if self.length == 0:
-            self.tensors.pop("documents", None)
-            self.tensors.pop("positions", None)
 
     def select_rows(self, rows_B: Tensor) -> None:
         """Keep the batch rows `rows_B` (int64 [B']), in that order; a row may be repeated."""
@@ -77,7 +74,9 @@ class PositionCache:
         Raises:
             ProviderError: some of the positions have document ids and some have not.
         """
-        if self.length > 0 and ("documents" in self.tensors) != (ids_BT is not None):
+        if self.length == 0:
+            self.tensors.pop("documents", None)
+        elif ("documents" in self.tensors) != (ids_BT is not None):
             raise ProviderError(
                 "document_ids are given for some of the cached positions and not for others",
                 hint="give them with every call or with none",
@@ -94,9 +93,11 @@ class PositionCache:
         Until `positions` are given, each is its own index; as long as that holds for all of them, nothing is kept and None
         is returned.
         """
-        if positions is None and "positions" not in self.tensors:
-            return None
+        if self.length == 0:
+            self.tensors.pop("positions", None)
         if "positions" not in self.tensors:
+            if positions is None:
+                return None
             self.tensors["positions"] = torch.arange(self.max_length, device=device).repeat(self.batch_size, 1)
         if positions is None:
             positions = torch.arange(self.length, self.length + count, device=device)

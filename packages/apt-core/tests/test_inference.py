@@ -1,0 +1,230 @@
+"""From a trained run to text and to its loss: sampling, generation with and without a cache, evaluation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError
+from apt.core.runs import RunFolder, find_run, new_run
+from apt.data.tokenizers import ByteTokenizer
+from apt.evaluation.evaluate import evaluate, evaluate_run
+from apt.inference.generator import Generator, _IncrementalDecoder
+from apt.inference.sampling import Sampling, sample
+from apt.training.metrics import read_metrics
+from apt.training.trainer import Trainer
+
+# Sampling
+
+
+def draws(sampling: Sampling, logits: list[float], count: int = 4000) -> torch.Tensor:
+    """How often each token is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(torch.tensor([logits]).expand(count, -1), sampling, generator)
+    return torch.bincount(tokens, minlength=len(logits)) / count
+
+
+def test_sampling_follows_the_tempered_softmax() -> None:
+    logits = [1.0, 0.0, -1.0]
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (torch.tensor(logits) / temperature).softmax(-1)
+        torch.testing.assert_close(draws(Sampling(temperature), logits), expected, atol=0.03, rtol=0)
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert sample(torch.tensor([[0.1, 2.0, 1.9]]), Sampling(0.0)).tolist() == [1]
+
+
+def test_top_k_and_top_p_keep_the_likeliest_and_no_others() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert (draws(Sampling(top_k=2), logits) > 0).tolist() == [True, True, False, False]
+    assert (draws(Sampling(top_k=99), logits) > 0).all()
+    assert (draws(Sampling(top_p=0.45), logits) > 0).tolist() == [True, False, False, False]
+    assert (draws(Sampling(top_p=0.7), logits) > 0).tolist() == [True, True, False, False]
+    torch.testing.assert_close(
+        draws(Sampling(top_p=0.7), logits)[:2], torch.tensor([0.5, 0.3]) / 0.8, atol=0.03, rtol=0
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_the_decoder_waits_for_whole_characters_and_loses_nothing() -> None:
+    tokenizer = ByteTokenizer()
+    text = "naïve Ω 😀 end"
+    decoder = _IncrementalDecoder(tokenizer.decode)
+    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    broken = [decoder.push(token) for token in [0xF0, 0x9F, 65, 66, 67]] + [decoder.push(0xF0), decoder.flush()]
+    assert "ABC" in "".join(broken)
+    assert broken[-1] == "\ufffd"
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A small trained run with its best and last checkpoints apart."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(40)))
+    trainer = Trainer(
+        {
+            "name": "small",
+            "output_dir": str(folder / "runs"),
+            "model": {"d_model": 32, "num_heads": 2, "num_layers": 2, "max_seq_len": 24},
+            "data": {"train_path": str(folder / "text.txt"), "cache_dir": str(folder / "cache"), "tokenizer": "char"},
+            "training": {"max_epochs": 4, "batch_size": 8, "learning_rate": 0.01},
+            "hardware": {"device": "cpu"},
+        },
+        quiet=True,
+    )
+    return RunFolder(trainer.train())
+
+
+def test_a_seed_repeats_and_the_prompt_is_continued(run: RunFolder) -> None:
+    generator = Generator.from_run(run)
+    one, two = ("".join(generator.stream("1", max_new_tokens=40, seed=3)) for _ in range(2))
+    assert one == two
+    assert len(one) == 40
+    assert one != "".join(generator.stream("1", max_new_tokens=40, seed=4))
+
+
+@pytest.mark.parametrize("attention", ["tva_default", "mha"])
+def test_with_a_cache_the_tokens_are_those_without(run: RunFolder, attention: str, tmp_path: Path) -> None:
+    from apt.modeling.compose import ModelBuilder
+
+    torch.manual_seed(0)
+    model = ModelBuilder(
+        {"model": {"d_model": 32, "num_heads": 4, "num_layers": 2, "max_seq_len": 24, "attention_name": attention}}
+    ).build_model(vocab_size=40)
+    generator = Generator.from_run(run)
+    generator.model = model.double().eval()
+    prompt = [3, 1, 4, 1, 5]
+    ids = list(generator.generate_ids(prompt, 40, Sampling(0.0)))
+    expected = list(prompt)
+    for _ in range(40):  # 40 is beyond the longest context of 24
+        logits = model(torch.tensor([expected[-24:]])).logits[0, -1]
+        expected.append(int(logits.argmax()))
+    assert ids == expected[5:]
+
+
+def test_hooks_change_the_prompt_and_the_next_token(run: RunFolder) -> None:
+    generator = Generator.from_run(run)
+    letter = generator.tokenizer.encode("w")[0]
+
+    class OnlyW:
+        def on_generation_start(self, prompt: str) -> str:
+            return prompt + "all"
+
+        def on_next_token(self, logits: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(torch.tensor([letter]), logits.shape[-1]) * 1e9
+
+    class Broken:
+        def on_next_token(self) -> None:
+            raise ValueError("no")
+
+    generator.hooks.add(OnlyW())
+    generator.hooks.add(Broken())
+    with pytest.warns(AptWarning, match=r"Broken\.on_next_token failed"):
+        assert "".join(generator.stream("w", max_new_tokens=5, seed=0)) == "wwwww"
+    assert generator.tokenizer.decode(generator.tokens[0].tolist()) == "wallwwwww"
+
+
+def test_the_end_of_the_document_ends_the_text(run: RunFolder) -> None:
+    generator = Generator.from_run(run)
+    generator.tokenizer = SimpleNamespace(eos_id=2)  # type: ignore[assignment]
+    ids = list(generator.generate_ids([0], 500, Sampling(50.0), seed=0))
+    assert len(ids) < 500
+    assert 2 not in ids
+
+
+def test_prompts_that_cannot_be_continued_are_refused(run: RunFolder) -> None:
+    generator = Generator.from_run(run)
+    with pytest.raises(ConfigError, match="nothing to continue"):
+        next(generator.stream(""))
+    with pytest.raises(DataError, match="U\\+20AC"):
+        next(generator.stream("€"))
+
+
+def test_evaluating_a_run_gives_the_loss_that_training_recorded(run: RunFolder) -> None:
+    last = [record for record in read_metrics(run.metrics) if record["event"] == "eval"][-1]
+    metrics = evaluate_run(run)
+    assert metrics["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(math.exp(last["val_loss"]), rel=1e-6)
+
+
+def test_evaluation_is_the_mean_over_every_token(run: RunFolder) -> None:
+    from apt.inference.loading import load_run
+
+    loaded = load_run(run)
+    text = "12 green bottles hanging on the wall\n" * 3
+    ids = loaded.tokenizer.encode(text)
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 1, 24):  # the definition: blocks in order, each token predicted once
+        block = torch.tensor(ids[start : start + 25])
+        logits = loaded.model(block[None, :-1]).logits[0]
+        total += F.cross_entropy(logits, block[1:], reduction="sum").item()
+        count += len(block) - 1
+    import numpy as np
+
+    from apt.data.loader import TokenLoader
+    from apt.data.token_store import Tokens
+
+    loader = TokenLoader(Tokens(np.array(ids, np.uint16), np.array([0])), 24, 2)
+    loaded.model.train()
+    metrics = evaluate(loaded.model, loader, 2, loaded.device)
+    assert loaded.model.training, "the mode is put back"
+    assert metrics["val_tokens"] == count
+    assert metrics["val_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_checkpoints_by_name_and_by_step(run: RunFolder) -> None:
+    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.iterdir()]
+    for checkpoint in ("last", "best", str(max(steps)), min(steps)):
+        assert evaluate_run(run, checkpoint=checkpoint, batches=1)["val_loss"] > 0
+    assert evaluate_run(run)["step"] == max(steps)
+    with pytest.raises(CheckpointError, match="use last, best or a step"):
+        evaluate_run(run, checkpoint="newest")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 12345"):
+        evaluate_run(run, checkpoint=12345)
+
+
+# Run folders
+
+
+def test_runs_are_numbered_and_found_again(tmp_path: Path, run: RunFolder) -> None:
+    for _ in range(10):
+        new_run(tmp_path, "a")
+    for number in (2, 10):
+        RunFolder(tmp_path / f"a-{number}").profile.write_text("name: a")
+    (tmp_path / "b").mkdir()
+    RunFolder(tmp_path / "b").profile.write_text("name: b")
+    assert new_run(tmp_path, "a").path.name == "a-11"
+    assert find_run(name="a", output_dir=tmp_path).path.name == "a-10"
+    assert find_run("a-2", tmp_path).path == tmp_path / "a-2"
+    assert find_run(run.path).path == run.path
+    assert find_run(output_dir=tmp_path).holds_a_run()
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    RunFolder(new_run(tmp_path, "small").path).profile.write_text("")
+    with pytest.raises(ConfigError, match="did you mean 'small-1'"):
+        find_run("smal-1", tmp_path)
+    with pytest.raises(ConfigError, match="no run of profile 'other'"):
+        find_run(name="other", output_dir=tmp_path)
+    with pytest.raises(ConfigError, match="there is no run"):
+        find_run(output_dir=tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot make a run folder"):
+        new_run(tmp_path / "file", "x")
