@@ -38,8 +38,8 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
     def run(self, steps: int) -> float:
-        """Take `steps` steps; returns the seconds they took."""
-        started = time.perf_counter()
+        """Take `steps` steps; returns the CPU seconds they took."""
+        started = time.process_time()
         for _ in range(steps):
             starts = torch.randint(len(self.tokens) - self.block_size - 1, (self.batch_size,)).tolist()
             x = torch.stack([self.tokens[i : i + self.block_size] for i in starts])
@@ -54,7 +54,7 @@ class BareLoop:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-        return time.perf_counter() - started
+        return time.process_time() - started
 
 
 class Alternate:
@@ -62,7 +62,7 @@ class Alternate:
     both meet the same machine.
 
     Attributes:
-        trainer_seconds, bare_seconds: seconds per step of each stretch, the warm-up included.
+        trainer_seconds, bare_seconds: CPU seconds per step of each stretch, the warm-up included.
     """
 
     def __init__(self, steps: int) -> None:
@@ -81,15 +81,15 @@ class Alternate:
             model, tokens, loader.block_size, config.training.batch_size,
             peak=config.training.learning_rate, total_steps=trainer.total_steps,
         )  # fmt: skip
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def on_step_end(self, step: int) -> None:
         if (step + 1) % self.steps:
             return
-        self.trainer_seconds.append((time.perf_counter() - self._started) / self.steps)
+        self.trainer_seconds.append((time.process_time() - self._started) / self.steps)
         assert self.bare is not None
         self.bare_seconds.append(self.bare.run(self.steps) / self.steps)
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def results(self) -> list[tuple[float, float]]:
         """(trainer, bare) seconds per step, stretch by stretch."""

@@ -3,7 +3,7 @@
     python benchmarks/step_cost.py
 
 The model is as small as models get, so that the difference is not lost in the noise of the maths. Both loops run in one
-process, in turn; the figure is the median of the differences, stretch by stretch.
+process, in turn; the figure is the median of the differences of their CPU time, stretch by stretch.
 """
 
 from __future__ import annotations

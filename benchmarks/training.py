@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --text tinyshakespeare.txt
 
-Both run in one process, in turn, on one thread each time; the figure is the median of the ratios stretch by stretch.
+Both run in one process, in turn; the figure is the median of the ratios of their CPU time, stretch by stretch.
 """
 
 from __future__ import annotations

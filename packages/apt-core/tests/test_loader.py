@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.core.errors import DataError
@@ -30,6 +30,7 @@ def rows(batches: list[Batch]) -> list[list[int]]:
 # Training
 
 
+@settings(deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 def test_an_epoch_is_blocks_that_do_not_overlap_each_with_what_follows(
     sizes: tuple[int, int, int], seed: int, epoch: int
@@ -76,10 +77,10 @@ def test_order_and_offset_change_with_epoch_and_seed_and_with_nothing_else() -> 
 
 
 def test_the_global_generators_are_not_touched() -> None:
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
     list(TokenLoader(text(1000), 8, 4).epoch(3))
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
+    assert str(np.random.get_state()) == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
@@ -92,6 +93,7 @@ def test_the_order_is_written_in_stone() -> None:
 STONE = [42, 66, 26, 74, 2, 82, 34, 58, 18, 50]
 
 
+@settings(deadline=None)
 @given(sizes=SIZES, start=st.integers(0, 60))
 def test_any_batch_of_an_epoch_can_be_the_first(sizes: tuple[int, int, int], start: int) -> None:
     block, batch_size, n = sizes
@@ -122,6 +124,7 @@ def test_a_text_shorter_than_a_block_is_refused_in_numbers() -> None:
 # Evaluation
 
 
+@settings(deadline=None)
 @given(sizes=SIZES, eval_size=st.integers(1, 7), masked=st.booleans())
 def test_evaluation_predicts_every_token_but_the_first_exactly_once_in_order(
     sizes: tuple[int, int, int], eval_size: int, masked: bool
@@ -154,6 +157,7 @@ def test_evaluation_can_stop_early() -> None:
 # Documents
 
 
+@settings(deadline=None)
 @given(starts=st.sets(st.integers(1, 199), max_size=20), seed=st.integers(0, 99))
 def test_documents_are_numbered_and_positions_start_anew(starts: set[int], seed: int) -> None:
     loader = TokenLoader(text(200, *sorted(starts)), 8, 3, seed=seed, document_mask=True)

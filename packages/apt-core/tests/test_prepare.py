@@ -1,4 +1,4 @@
-"""From a profile to batches: which provider gets which settings, how the text is split, what is cached and what is said."""
+"""From a profile to batches: which provider gets which settings, how the text is split, what is cached and said."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers as hf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.builtin.plugin import apt_register_providers
@@ -34,9 +34,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepare(registry: Registry | None = None, **data: Any) -> tuple[Data, ProvidersInUse]:
-    arguments = {name: data.pop(name) for name in ("tokenizer_in_use", "progress") if name in data}
-    if "tokenizer_in_use" in arguments:
-        arguments["tokenizer"] = arguments.pop("tokenizer_in_use")
+    arguments: dict[str, Any] = {
+        "tokenizer": data.pop("tokenizer_in_use", None),
+        "progress": data.pop("progress", None),
+    }
     shape = data.pop("shape", {"block": 8, "batch": 4})
     config = RunConfig.model_validate(
         {
@@ -93,6 +94,7 @@ def with_poems(target: type[DatasetProvider] = Poems) -> Registry:
 # The split
 
 
+@settings(max_examples=50, deadline=None)
 @given(text=st.text("abc \n", min_size=200, max_size=400), fraction=st.sampled_from([0.1, 0.25, 0.5]))
 def test_one_text_at_char_level_is_cut_as_nanogpt_cuts_it(
     tmp_path_factory: pytest.TempPathFactory, text: str, fraction: float
@@ -138,14 +140,14 @@ def test_a_batch_holds_a_whole_step(tmp_path: Path) -> None:
 
 def test_settings_of_data_are_handed_down_and_sections_win(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"body": line}) for line in TEXT.splitlines()))
-    data, in_use = prepare(train_path=path, text_field="body", tokenizer="bpe", vocab_size=300)
-    assert data.tokenizer.vocab_size == 300
+    data, in_use = prepare(train_path=path, text_field="body", tokenizer="bpe", vocab_size=280)
+    assert data.tokenizer.vocab_size == 280
     assert in_use.slots["dataset", "files"].config == {"train_path": path, "text_field": "body"}
-    assert in_use.slots["tokenizer", "bpe"].config == {"vocab_size": 300, "min_frequency": 2}
+    assert in_use.slots["tokenizer", "bpe"].config == {"vocab_size": 280, "min_frequency": 2}
 
     data, in_use = prepare(train_path="nowhere.txt", files={"train_path": path, "text_field": "body"},
-                           tokenizer="bpe", vocab_size=300, bpe={"vocab_size": 290})  # fmt: skip
-    assert data.tokenizer.vocab_size == 290
+                           tokenizer="bpe", vocab_size=280, bpe={"vocab_size": 270})  # fmt: skip
+    assert data.tokenizer.vocab_size == 270
     assert in_use.slots["dataset", "files"].config["train_path"] == path
     data, _ = prepare(files={"train_path": path, "text_field": "body"})
     assert stream(data, data.train).startswith("0 bottles")
@@ -193,7 +195,7 @@ def test_no_dataset_at_all_names_both_ways() -> None:
     with pytest.raises(ConfigError, match="no text to train on") as caught:
         prepare()
     assert "data.train_path" in str(caught.value.hint) and "data.dataset" in str(caught.value.hint)
-    with pytest.raises(ConfigError, match="'files' needs data.train_path"):
+    with pytest.raises(ConfigError, match=r"'files' needs data.train_path"):
         prepare(dataset="files")
 
 
@@ -241,7 +243,7 @@ def test_errors_of_the_text_come_through_as_they_are(tmp_path: Path) -> None:
         def pieces(self) -> Iterator[Piece]:
             raise OSError(5, "Input/output error")
 
-    with pytest.raises(DataError, match="the dataset 'poems' cannot be read: .*Input/output error"):
+    with pytest.raises(DataError, match=r"the dataset 'poems' cannot be read: .*Input/output error"):
         prepare(with_poems(Unplugged), dataset="poems")
 
 
@@ -282,6 +284,20 @@ def test_what_was_tokenized_is_not_tokenized_again_unless_text_or_tokenizer_chan
     changed, _ = prepare(train_path=path)
     assert len(passes) == 3 and changed.fingerprint != first.fingerprint
     assert "milk" in stream(changed, changed.train) and "beer" in stream(first, first.train)
+
+
+def test_two_datasets_of_one_fingerprint_are_kept_apart() -> None:
+    class Verses(Poems):
+        def get_name(self) -> str:
+            return "verses"
+
+        def pieces(self) -> Iterator[Piece]:
+            yield Piece(TEXT.upper())
+
+    poems, _ = prepare(with_poems(), dataset="poems")
+    verses, _ = prepare(with_poems(Verses), dataset="poems")
+    assert stream(poems, poems.train) != stream(verses, verses.train)
+    assert poems.fingerprint != verses.fingerprint
 
 
 def test_the_cache_lies_where_the_profile_says(tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
+import subprocess
+import sys
 import tracemalloc
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.core.errors import AptWarning, DataError, ProviderError
@@ -49,6 +49,7 @@ def of(*texts: str) -> Callable[[], Iterable[Piece]]:
     return lambda: [Piece(text) for text in texts]
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     documents=st.lists(
         st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=4)), max_size=6
@@ -187,21 +188,37 @@ def test_a_disk_that_fails_is_told_with_a_way_out(
     assert os.listdir(tmp_path) == []
 
 
-def _build(folder: Path, barrier: Any) -> int:
-    barrier.wait()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokens = load_or_tokenize(folder, KEY, lambda: (Piece("x" * 1000) for _ in range(200)), ByteTokenizer())
-    return int(tokens.ids.sum())
+BUILDER = """
+import sys, time, warnings
+from pathlib import Path
+from apt.core.providers.dataset import Piece
+from apt.data.token_store import load_or_tokenize
+from apt.data.tokenizers import ByteTokenizer
+
+folder, ready = Path(sys.argv[1]), Path(sys.argv[2])
+
+def pieces():
+    yield Piece("x" * 1000)
+    (ready / sys.argv[3]).touch()
+    while len(list(ready.iterdir())) < 2:  # both are in the middle of their files
+        time.sleep(0.01)
+    yield Piece("y" * 1000)
+
+warnings.simplefilter("error")
+print(load_or_tokenize(folder, bytes(32), pieces, ByteTokenizer()).ids.sum())
+"""
 
 
 def test_processes_that_build_the_same_file_at_once_do_not_clash(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    with context.Manager() as manager, context.Pool(3) as pool:
-        barrier = manager.Barrier(3)
-        sums = pool.starmap(_build, [(tmp_path, barrier)] * 3)
-    assert sums == [200 * 1000 * ord("x")] * 3
-    assert len(os.listdir(tmp_path)) == 1
+    folder, ready = tmp_path / "tokens", tmp_path / "ready"
+    folder.mkdir()
+    ready.mkdir()
+    command = [sys.executable, "-c", BUILDER, str(folder), str(ready)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    builders = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, env=environment) for n in range(2)]
+    expected = 1000 * (ord("x") + ord("y"))
+    assert [int(builder.communicate(timeout=60)[0]) for builder in builders] == [expected, expected]
+    assert len(os.listdir(folder)) == 1
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
@@ -218,6 +235,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert peak < 32 * len(piece) < len(tokens) / 3
 
 
+@settings(max_examples=50, deadline=None)
 @given(starts=st.sets(st.integers(1, 29)), bounds=st.tuples(st.integers(0, 30), st.integers(0, 30)).map(sorted))
 def test_a_slice_keeps_the_documents_it_holds(starts: set[int], bounds: list[int]) -> None:
     low, high = bounds

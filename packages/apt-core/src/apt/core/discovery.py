@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from apt.core.catalogue import ENTRY_POINTS, PLUGINS
-from apt.core.errors import AptError, AptWarning, PluginError, did_you_mean
+from apt.core.errors import HINT, AptError, AptWarning, PluginError, did_you_mean
 from apt.core.hooks import Hooks
 from apt.core.registry import Registry
 from apt.hookspecs import API_VERSION
@@ -131,7 +131,7 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
         if ENTRY_POINTS.get(name, name) in installed:
             continue
         if name not in PLUGINS:
-            near = did_you_mean(name, installed | set(PLUGINS))
+            near = did_you_mean(name, installed | set(PLUGINS), cutoff=HINT)
             known = ", ".join(sorted(installed - {BUILTIN})) or "none"
             raise PluginError(
                 f"{source}: there is no plugin {name!r}",

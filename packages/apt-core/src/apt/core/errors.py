@@ -77,9 +77,14 @@ class FallbackWarning(AptWarning):
     """A provider could not be had and the default of its kind is used instead."""
 
 
-def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
-    """The known name nearest to `name`, or None if none is near enough to be a slip of the fingers."""
-    import difflib
+SLIP, HINT = 0.75, 0.6
+"""How alike two names must be, from 0 to 1: to take the one for a slip of the other, where that decides something; and to
+mention it, where the name is wrong in any case."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = SLIP) -> str | None:
+    """The known name nearest to `name`, or None if none is near enough."""
+    import difflib  # here: it is needed only where something is wrong, and start-up is measured
 
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None

@@ -101,6 +101,8 @@ class ProvidersInUse:
     def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
         claim = self.registry.find(kind, name)
         section = self.sections.get(KINDS[kind], {}).get(claim.section, {})
+        # `enabled` is read by core, and a provider need not know it.
+        section = {key: value for key, value in section.items() if key != "enabled"}
         provider = self.registry.get(kind, name, section, fallback=False)
         config = provider.config
         plain = config.model_dump(mode="json") if hasattr(config, "model_dump") else dict(config or {})

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from apt.core.errors import ConfigError, did_you_mean
+from apt.core.errors import HINT, ConfigError, did_you_mean
 from apt.core.yaml_loader import Path
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def unknown_key(
 ) -> tuple[str, str | None]:
     """Message and hint for a key that is not among `properties`."""
     elsewhere = elsewhere or {}
-    near = None if key in elsewhere else did_you_mean(key, properties)
+    near = None if key in elsewhere else did_you_mean(key, properties, cutoff=HINT)
     if near:
         return "unknown key", f"did you mean {near!r}?"
     near = key if key in elsewhere else did_you_mean(key, elsewhere)
@@ -167,7 +167,7 @@ _WRONG_VALUE = frozenset({
 def _hint(schema: Schema, path: Path, value: Any) -> str | None:
     branches = _descend(schema, path)
     words = [str(word) for branch in branches for word in _words(branch)]
-    near = did_you_mean(value, words) if isinstance(value, str) else None
+    near = did_you_mean(value, words, cutoff=HINT) if isinstance(value, str) else None
     if near:
         return f"did you mean {near!r}?"
     if isinstance(value, int | float) and any(branch.get("type") == "string" for branch in branches) and not words:

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.core.errors import ConfigError, did_you_mean
+from apt.core.errors import HINT, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def find_run(run: str | Path | None = None, output_dir: str | Path = "runs", nam
             if RunFolder(path).holds_a_run():
                 return RunFolder(path)
         known = [folder.path.name for folder in _runs(parent)]
-        near = did_you_mean(str(run), known, cutoff=0.6)
+        near = did_you_mean(str(run), known, cutoff=HINT)
         raise ConfigError(
             f"{run} is not the folder of a run (it has no profile.yaml)",
             hint=f"did you mean {near!r}?" if near else f"runs in {parent}: {', '.join(known) or 'none'}",

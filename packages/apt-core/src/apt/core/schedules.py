@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from apt.core.errors import ConfigError, did_you_mean
+from apt.core.errors import HINT, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from apt.core.config import RunConfig
@@ -233,7 +233,7 @@ def _anneal_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
         elif key in (f"from_{other}", f"to_{other}", f"warmup_{other}s"):
             found.append(Fault((key,), f"this schedule goes by {by}", f"write 'by: {other}'"))
         elif key not in ("start", "end", "by", "curve"):
-            near = did_you_mean(key, ("start", "end", "by", "curve", *counts))
+            near = did_you_mean(key, ("start", "end", "by", "curve", *counts), cutoff=HINT)
             found.append(Fault((key,), "unknown key", f"did you mean {near!r}?" if near else None))
     curve = config.get("curve", "linear")
     if curve not in CURVES:

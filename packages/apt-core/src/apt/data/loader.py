@@ -46,7 +46,9 @@ class Batch:
         """The batch on `device`; itself if it is there."""
         if self.tokens.device == device:
             return self
-        moved = (None if x is None else x.to(device, non_blocking=True) for x in self._tensors())
+        # Copies to a GPU are ordered with the work there; the CPU would read one that has not arrived.
+        ahead = device.type != "cpu"
+        moved = (None if x is None else x.to(device, non_blocking=ahead) for x in self._tensors())
         return Batch(*moved)  # type: ignore[arg-type]
 
     def _rows(self, rows: slice) -> Batch:

@@ -160,7 +160,8 @@ class Trainer:
         self.hooks.call("on_training_start", trainer=self)
         while self.step < self.total_steps:
             self._run_epoch()
-        self._warn_of_unread_schedules()
+        for name in self.schedule.unread():
+            warnings.warn(f"schedules.{name}: nothing in this run has asked for it", AptWarning, stacklevel=2)
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
@@ -294,6 +295,8 @@ class Trainer:
         self.steps_per_epoch = len(self.data.train)
         self.total_steps = min(training.max_epochs * self.steps_per_epoch, training.max_steps or 2**62)
         self.schedule.steps_per_epoch = self.steps_per_epoch
+        for name in self.schedule.unreached():
+            warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
         builder = ModelBuilder(config, self.in_use)
         self.model = builder.build_model(vocab_size=config.model.vocab_size or self.tokenizer.vocab_size).to(
             self.device
@@ -383,7 +386,3 @@ class Trainer:
                 f"step {self.step} failed: {type(error).__name__}: {error}; the run is saved in {self.run_dir}",
                 hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
             ) from error
-
-    def _warn_of_unread_schedules(self) -> None:
-        for name in self.schedule.unread():
-            warnings.warn(f"schedules.{name}: nothing in this run has asked for it", AptWarning, stacklevel=2)

@@ -54,13 +54,12 @@ class TVAConfig(Section):
 
 
 def slice_width(d_model: int, num_heads: int, r: int) -> int | None:
-    """The width dp of the vein's slices, or None if this r does not fit: it must divide d_model, dp must be even, and the
-    number of slices must divide that of the heads."""
-    if d_model % r:
-        return None
-    d_vein = d_model // r
-    width = math.gcd(d_vein, d_model // num_heads)
-    return None if width % 2 or num_heads % (d_vein // width) else width
+    """The width dp of the vein's slices, or None if this r does not fit: it must divide d_model, and dp must be even.
+
+    The heads are then a multiple of the slices, of which there are H / gcd(H, r).
+    """
+    width = math.gcd(d_model // r, d_model // num_heads)
+    return None if d_model % r or width % 2 else width
 
 
 class VeinCache(PositionCache):
@@ -82,15 +81,16 @@ class VeinCache(PositionCache):
         Raises:
             ProviderError: that is further back than the raw vein is kept, so that what follows could not be regenerated.
         """
-        drop = self.length - max(length, 0)
-        if self.recent_BPDc is not None and drop > 0:
-            kept = self.recent_BPDc.shape[1] - drop
+        if length <= 0:
+            self.recent_BPDc = None
+        elif self.recent_BPDc is not None and length < self.length:
+            kept = self.recent_BPDc.shape[1] - (self.length - length)
             if kept < min(TAPS, length):
                 raise ProviderError(
                     f"tva_default: a cache of {self.length} positions cannot be truncated to {length}, only by {REWIND}",
                     hint="truncate it to 0 and feed the text again",
                 )
-            self.recent_BPDc = self.recent_BPDc[:, :kept] if length > 0 else None
+            self.recent_BPDc = self.recent_BPDc[:, :kept]
         super().truncate(length)
 
     def select_rows(self, rows_B: Tensor) -> None:
@@ -229,12 +229,12 @@ class TVAAttentionLayer(nn.Module):
         start = cache.length if cache is not None else 0
         S = start + key.shape[1]
 
+        q_BTD, c_BSDc = self._project(query, key)
         # What is known of every position, the cached ones included.
         positions, documents_BS = context.positions, context.document_ids
         if cache is not None:
             positions = cache.write_positions(positions, T, query.device)
             documents_BS = cache.write_documents(documents_BS)
-        q_BTD, vein_BSDc = self._project(query, key)
         mask = build_mask(
             T,
             S,
@@ -254,17 +254,18 @@ class TVAAttentionLayer(nn.Module):
             q_turns = self.rope.turns(positions, 0, T, query)
             k_turns = self.rope.turns(None, 0, S, key)
 
-        q_BTHd = self._queries(q_BTD, q_turns)
+        vein_BSDc = c_BSDc
         if self.self_generates and key is query:
             past_BPDc = cache.recent_BPDc if cache is not None else None
-            if cache is not None:
-                cache.write_recent(vein_BSDc)
             unbroken = unbroken_steps(start, S, positions, documents_BS, padded(key_padding_mask))
-            vein_BSDc = self._regenerate(vein_BSDc, past_BPDc, unbroken)
+            vein_BSDc = self._regenerate(c_BSDc, past_BPDc, unbroken)
         if cache is not None:
             vein_BSDc = cache.write("vein", vein_BSDc)
+            if self.self_generates:
+                cache.write_recent(c_BSDc)
             cache.advance(T)
 
+        q_BTHd = self._queries(q_BTD, q_turns)
         if cache is not None and T == 1:
             out_BHTd, weights_BHTS = self._attend_in_vein(q_BTHd, vein_BSDc, k_turns, mask)
         else:

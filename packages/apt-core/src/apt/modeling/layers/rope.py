@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+LONGEST_TABLE = 1 << 17
+"""Positions from here on that a caller gives are computed each time: a stray huge one must not become a huge table."""
 
 
 class RotaryEmbedding:
@@ -34,15 +38,24 @@ class RotaryEmbedding:
             (cos, sin) as [T, d/2, 2] or [B, T, d/2, 2], on the device of `like`; float64 if `like` is, else float32.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if positions is not None:
-            return self._compute(positions, dtype)
+        if positions is None:
+            return self._table(stop, like.device, dtype)[start:stop]
+        if positions.is_cpu and not torch.compiler.is_compiling():
+            # Here it costs nothing to ask how far they reach, and looking them up is 20 times as fast.
+            low, high = (int(bound) for bound in positions.aminmax())
+            if 0 <= low and high < LONGEST_TABLE:
+                table = self._table(high + 1, like.device, dtype)
+                return F.embedding(positions, table.flatten(1)).unflatten(-1, (-1, 2))
+        return self._compute(positions, dtype)
+
+    def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         table = self._table_Pd2
-        if table.shape[0] < stop or table.device != like.device or table.dtype != dtype:
+        if table.shape[0] < length or table.device != device or table.dtype != dtype:
             # A table made in inference mode could not take part in training later.
             with torch.inference_mode(False):
-                size = 1 << max(stop - 1, 63).bit_length()
-                table = self._table_Pd2 = self._compute(torch.arange(size, device=like.device), dtype)
-        return table[start:stop]
+                size = 1 << max(length - 1, 63).bit_length()
+                table = self._table_Pd2 = self._compute(torch.arange(size, device=device), dtype)
+        return table
 
     def _compute(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         # In float32 the angle at position 100,000 is off by 0.01; Apple's GPUs have nothing better.

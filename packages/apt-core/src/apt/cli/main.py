@@ -1,0 +1,120 @@
+"""The program `apt`: hands a call to its command, and says in one line what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from apt.cli import system_apt
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What shells report for a program that SIGINT or SIGPIPE ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, 2 for what a user can mend, 1 for what only we can.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if system_apt.is_meant_for_it(arguments):
+            # First of all, and with next to nothing imported.
+            system_apt.pass_on(arguments)
+        code = _run([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        return _report(error)
+
+
+def _run(arguments: list[str]) -> int:
+    import warnings
+
+    from apt.cli.overview import answer
+    from apt.core.errors import AptWarning
+
+    with suppress(AttributeError):  # a stand-in for standard output may lack it
+        # A letter that the terminal's encoding lacks must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AptWarning)
+        warnings.showwarning = _one_line_each(warnings.showwarning)
+        if (text := answer(arguments)) is not None:
+            print(text)
+            return 0
+        from apt.cli.parser import parse_arguments
+
+        try:
+            args = parse_arguments(arguments)
+            run = args.run_command
+            if isinstance(run, str):
+                run = _load(run)
+            return int(run(args))
+        except SystemExit as ended:  # the help of a command has been shown, or a plugin ended its own
+            if isinstance(ended.code, str):
+                print(ended.code, file=sys.stderr)
+            return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def _load(path: str) -> Any:
+    import importlib
+
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
+    """Shows our warnings in one line, each text once; hands those of others on to `elsewhere`."""
+    from apt.core.errors import AptWarning
+
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, AptWarning):
+            elsewhere(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    return show
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong and how to mend it; returns the exit code."""
+    from apt.core.errors import AptError
+
+    if isinstance(error, AptError):
+        ended_by_signal = error.exit_code > 128
+        print(f"{'' if ended_by_signal else 'error: '}{error.message}", file=sys.stderr)
+        if error.hint:
+            print(error.hint if ended_by_signal else f"  fix: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}", file=sys.stderr)
+        return 2
+    text = f"{type(error).__name__}: {error}".partition("\n")[0]
+    print(f"internal error: {text}; run again with --debug and report what it shows", file=sys.stderr)
+    return 1
+
+
+def _discard_output() -> None:
+    """Nobody reads standard output any more: let what is left in its buffer go nowhere, instead of failing at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

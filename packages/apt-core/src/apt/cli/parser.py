@@ -1,0 +1,295 @@
+"""The arguments of each command, and what is said where they do not fit: one line, and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from apt.cli.overrides import parse_overrides, split_overrides
+from apt.cli.overview import COMMANDS, answer
+from apt.core.errors import HINT, AptError, UsageError, did_you_mean
+
+NEEDS_COMMAND = "see the commands with: apt --help"
+
+TAKE_KEYS = ("apt train", "apt profile")
+"""The commands that take keys of the profile as options."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UsageErrors in plain words."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.+)\)", message)
+        if choice:
+            known = choice[3].replace("'", "").split(", ")
+            raise self.usage_error(
+                f"{choice[2]!r} is none of {', '.join(known)}", did_you_mean(choice[2], known, cutoff=HINT)
+            )
+        missing = message.removeprefix("the following arguments are required: ")
+        raise self.usage_error(f"needs {missing}" if missing != message else message.removeprefix("argument "))
+
+    def usage_error(self, message: str, near: str | None = None) -> UsageError:
+        """What to raise; `near` is what may have been meant."""
+        hint = f"did you mean {near}? " if near else ""
+        return UsageError(f"{self.prog}: {message}", hint=f"{hint}see {self.prog} --help")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse arguments of which none may be left over.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        namespace, left = self.parse_known_args(arguments)
+        option = next((argument for argument in left if argument.startswith("-")), None)
+        if option is not None:
+            name = option.partition("=")[0]
+            key = _keys_of_the_profile().get(name.replace("_", "-")) if self.prog in TAKE_KEYS else None
+            near = key or did_you_mean(name, self._option_string_actions, cutoff=HINT)
+            raise self.usage_error(f"there is no option {name}", near)
+        if left:
+            raise self.usage_error(f"one argument too many: {left[0]!r}")
+        return namespace
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as a namespace: `run_command` (what to call with it, or its import string) and the command's own
+    arguments; a command of core has `command`, its name, and `overrides`, {dotted key: text} of the profile.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process if None.
+
+    Raises:
+        UsageError: they do not fit.
+        SystemExit: with code 0, after the help or the version was printed.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if (text := answer(arguments)) is not None:
+        print(text)
+        raise SystemExit(0)
+    command, *rest = arguments
+    if command.startswith("-"):
+        raise UsageError(f"there is no option {command} before the command", hint=NEEDS_COMMAND)
+    if command not in COMMANDS:
+        return _parse_plugin_command(command, rest)
+    parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
+    overrides: dict[str, str] = {}
+    if command == "train" or (command == "profile" and rest[:1] == ["show"]):
+        rest, overrides = split_overrides(rest)
+    _CONFIGURE[command](parser)
+    if command == "train":
+        _add_plugin_options(parser, rest, overrides)
+    parser.set_defaults(command=command, overrides=overrides)
+    return parser.parse_all(rest)
+
+
+def _parse_plugin_command(command: str, rest: Sequence[str]) -> argparse.Namespace:
+    from apt.cli.plugins import find_commands
+    from apt.cli.system_apt import WORDS
+
+    theirs = find_commands()
+    if command not in theirs:
+        near = did_you_mean(command, [*COMMANDS, *theirs, *sorted(WORDS)], cutoff=HINT)
+        hint = f"did you mean {near}? " if near else ""
+        raise UsageError(f"there is no command {command!r}", hint=hint + NEEDS_COMMAND)
+    parser = Parser(prog=f"apt {command}", description=theirs[command].help)
+    theirs[command].configure(parser)
+    namespace = parser.parse_all(rest)
+    namespace.run_command = theirs[command].run
+    return namespace
+
+
+def _add_plugin_options(parser: Parser, rest: Sequence[str], overrides: dict[str, str]) -> None:
+    """The options that plugins add to `apt train`. Which plugins those are, other arguments and the profile say."""
+    from apt.cli.plugins import add_options
+    from apt.cli.run_commands import find_source
+    from apt.core.discovery import choose, discover
+    from apt.core.profiles import find_profile, load_profile_data
+
+    first = Parser(prog=parser.prog, add_help=False)
+    _train(first)
+    chosen, _ = first.parse_known_args(rest)
+    names = None
+    with suppress(AptError):  # the command itself will say what is wrong with the profile
+        source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+        names = load_profile_data(find_profile(source))[0].get("plugins")
+    selection = choose(
+        plugins=chosen.plugins,
+        no_plugin=chosen.no_plugin,
+        no_plugins=chosen.no_plugins,
+        profile=[name for name in names if isinstance(name, str)] if isinstance(names, list) else None,
+    )
+    add_options("train", parser, discover(selection, strict=chosen.strict))
+
+
+# The commands
+
+
+def _train(parser: Parser) -> None:
+    parser.add_argument("-p", "--profile", metavar="P", help="a profile's path, or the name of one that ships")
+    count = _whole_number(1)
+    parser.add_argument("--epochs", type=count, metavar="N", help="short for --training.max_epochs N")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="short for --training.batch_size N")
+    parser.add_argument("--run-dir", metavar="DIR", help="the run's folder; a new one under output_dir if left out")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or with the newest run (of the profile P)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_selection(parser)
+    parser.epilog = (
+        "Any key of the profile is an option too: --training.learning_rate 3e-4, --model.attention_name=mha. "
+        "Values are YAML; 'apt profile show P' prints a profile with all its keys."
+    )
+    parser.set_defaults(run_command="apt.cli.run_commands:run_train_command")
+
+
+def _generate(parser: Parser) -> None:
+    _add_run(parser)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; - reads it from standard input")
+    parser.add_argument(
+        "--max-tokens", type=_whole_number(1), default=200, metavar="N", help="tokens to add (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_number,
+        default=1.0,
+        metavar="T",
+        help="below 1 is tamer, above 1 wilder, 0 the likeliest (%(default)s)",
+    )
+    parser.add_argument("--top-k", type=_whole_number(1), metavar="K", help="choose among the K likeliest tokens alone")
+    parser.add_argument(
+        "--top-p", type=_number, metavar="P", help="choose among the likeliest tokens that make up P of 1"
+    )
+    parser.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes the text repeatable")
+    _add_selection(parser)
+    parser.set_defaults(run_command="apt.cli.run_commands:run_generate_command")
+
+
+def _eval(parser: Parser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--batches", type=_whole_number(1), metavar="N", help="stop after N batches; all are measured if left out"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_selection(parser)
+    parser.set_defaults(run_command="apt.cli.run_commands:run_eval_command")
+
+
+def _profile(parser: Parser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|show|schema", parser_class=Parser)
+    what = "the profiles that ship"
+    actions.add_parser("list", help=what, description=_sentence(what)).set_defaults(
+        run_command="apt.cli.commands:run_profile_list_command"
+    )
+    what = "a profile in full, its defaults and what it extends filled in"
+    show = actions.add_parser("show", help=what, description=_sentence(what))
+    show.add_argument("profile", metavar="P", help="a profile's path, or the name of one that ships")
+    show.epilog = "Keys may be changed as for apt train: --training.batch_size 8."
+    show.set_defaults(run_command="apt.cli.commands:run_profile_show_command")
+    what = "the JSON Schema of profiles, for editors; the sections of the installed plugins included"
+    schema = actions.add_parser("schema", help=what, description=_sentence(what))
+    schema.set_defaults(run_command="apt.cli.commands:run_profile_schema_command")
+
+
+def _plugin_list(parser: Parser) -> None:
+    parser.add_argument("--kind", metavar="K", help="the providers of this kind alone")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run_command="apt.cli.commands:run_plugin_list_command")
+
+
+def _plugin_info(parser: Parser) -> None:
+    parser.add_argument("kind", metavar="KIND", help="a provider's kind, such as attention")
+    parser.add_argument("name", metavar="NAME", help="its name, such as tva_default")
+    parser.set_defaults(run_command="apt.cli.commands:run_plugin_info_command")
+
+
+def _doctor(parser: Parser) -> None:
+    parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
+
+
+_CONFIGURE: dict[str, Callable[[Parser], None]] = {
+    "train": _train,
+    "generate": _generate,
+    "eval": _eval,
+    "profile": _profile,
+    "plugin-list": _plugin_list,
+    "plugin-info": _plugin_info,
+    "doctor": _doctor,
+}
+
+
+def _add_run(parser: Parser) -> None:
+    parser.add_argument(
+        "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        metavar="C",
+        help="best, last, or the steps behind it, as in step-00000300 (last)",
+    )
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
+
+
+def _add_selection(parser: Parser) -> None:
+    group = parser.add_argument_group("plugins")
+    group.add_argument("--plugins", nargs="+", metavar="X", help="use these plugins alone, whatever the profile says")
+    group.add_argument(
+        "--no-plugin", action="append", default=[], metavar="X", help="leave this plugin out; may be repeated"
+    )
+    group.add_argument("--no-plugins", action="store_true", help="use none")
+    group.add_argument(
+        "--strict", action="store_true", help="make an error of everything that would fall back or be passed over"
+    )
+
+
+# Values
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got {text!r}")
+        return number
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("best", "last"):
+        return text
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected best, last or a step, got {text!r}")
+
+
+def _keys_of_the_profile() -> dict[str, str]:
+    """{"--learning-rate": "--training.learning_rate", ...}: what a key may be taken for, and how it is written."""
+    from apt.core.config import RunConfig
+
+    fields = {top: getattr(field.annotation, "model_fields", {}) for top, field in RunConfig.model_fields.items()}
+    keys = {key: f"--{top}.{key}" for top, inner in fields.items() for key in inner} | {
+        top: f"--{top}" for top in fields
+    }
+    return {"--" + key.replace("_", "-"): place for key, place in keys.items()}
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

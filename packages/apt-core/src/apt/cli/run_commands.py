@@ -1,0 +1,167 @@
+"""`apt train`, `apt generate`, `apt eval`: the commands that work on a run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from apt.cli.overrides import parse_overrides
+from apt.core.errors import AptWarning, DataError, UsageError
+from apt.core.profiles import resolve
+from apt.core.runs import RunFolder, find_run
+
+SHORT = {"epochs": "training.max_epochs", "batch_size": "training.batch_size"}
+"""Option of `apt train` -> the key of the profile that it stands for."""
+
+MAX_SHOWN = 6
+
+
+def run_train_command(args: Namespace) -> int:
+    """Train, or go on with a run."""
+    overrides = parse_overrides(args.overrides)
+    source, run = find_source(args.profile, args.resume, overrides)
+    for option, key in SHORT.items():
+        value = getattr(args, option)
+        if value is not None and key in overrides:
+            name = "--" + option.replace("_", "-")
+            raise UsageError(f"apt train: {name} and --{key} are the same key", hint="give one of them")
+        if value is not None:
+            overrides[key] = value
+    if run is not None and args.run_dir is not None:
+        raise UsageError("apt train: --resume goes on in the run's own folder", hint="leave --run-dir out")
+    if run is not None and args.profile is not None:
+        _warn_of_differences(args.profile, run, overrides)
+
+    from apt.training.trainer import Trainer
+
+    trainer = Trainer(
+        source,
+        overrides=overrides,
+        **_selection(args),
+        run_dir=Path(args.run_dir) if args.run_dir is not None else None,
+        resume=run,
+        quiet=args.quiet,
+        options=args,
+    )
+    trainer.train()
+    return 0
+
+
+def run_generate_command(args: Namespace) -> int:
+    """Write a prompt and its continuation to standard output, as it comes."""
+    prompt = _read_prompt(args.prompt)
+    run = find_run(args.run_name)
+
+    from apt.inference.generator import Generator
+
+    generator = Generator.from_run(run, device=args.device, checkpoint=args.checkpoint, **_selection(args))
+    pieces = generator.stream(
+        prompt,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    first = next(pieces, "")  # what is wrong with the arguments shows here, before anything is written
+    for piece in chain([prompt + first], pieces, ["\n"]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    return 0
+
+
+def run_eval_command(args: Namespace) -> int:
+    """Measure a run's model on its held-out text."""
+    run = find_run(args.run_name)
+
+    from apt.evaluation.evaluate import evaluate_run
+
+    metrics = evaluate_run(
+        run, device=args.device, checkpoint=args.checkpoint, batches=args.batches, **_selection(args)
+    )
+    if args.json:
+        import json
+
+        print(json.dumps({"run": str(run.path), **metrics}))
+        return 0
+    from apt.cli.screen import columns
+
+    rows = [("run", str(run.path)), *((name, _readable(value)) for name, value in metrics.items())]
+    print("\n".join(columns(rows, indent=0)))
+    return 0
+
+
+def find_source(
+    profile: str | None, resume: str | None, overrides: Mapping[str, Any]
+) -> tuple[str | Path, RunFolder | None]:
+    """What to train: the profile, and the run to go on with, whose own resolved profile is then the one.
+
+    Args:
+        profile: the option of that name.
+        resume: likewise; None: not given, "": given without a run.
+        overrides: {dotted key: value} from the command line.
+
+    Raises:
+        UsageError: neither is given.
+        ConfigError: there is no such profile or run.
+    """
+    if resume is None:
+        if profile is None:
+            raise UsageError("apt train: which profile?", hint="start with: apt train --profile tiny_debug")
+        return profile, None
+    name, output_dir = None, str(overrides.get("output_dir", "runs"))
+    if profile is not None:
+        config = resolve(profile, overrides).config
+        name, output_dir = config.name, config.output_dir
+    run = find_run(resume or None, output_dir, name)
+    return run.profile, run
+
+
+def _warn_of_differences(profile: str, run: RunFolder, overrides: Mapping[str, Any]) -> None:
+    """Say in which keys the profile that was named is not the one that the run was made with."""
+    named, own = (_flat(resolve(source, overrides).config.model_dump(mode="json")) for source in (profile, run.profile))
+    different = [key for key in sorted(named.keys() | own.keys()) if named.get(key) != own.get(key)]
+    if not different:
+        return
+    shown = [f"{key} ({named.get(key)}, the run has {own.get(key)})" for key in different[:MAX_SHOWN]]
+    more = f" and {len(different) - MAX_SHOWN} more" if len(different) > MAX_SHOWN else ""
+    warnings.warn(
+        f"{run.path} goes on with its own profile, from which {profile} differs in {', '.join(shown)}{more}; "
+        "to change the run, give the keys as options",
+        AptWarning,
+        stacklevel=2,
+    )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _selection(args: Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("plugins", "no_plugin", "no_plugins", "strict")}
+
+
+def _read_prompt(text: str) -> str:
+    """The prompt as it was given, or all of standard input for "-", without the line's end that a shell adds."""
+    if text == "-":
+        try:
+            text = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"standard input: not {error.encoding} at byte {error.start}", hint="give UTF-8 text"
+            ) from error
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("--prompt: not UTF-8", hint="give UTF-8 text")
+    return text
+
+
+def _readable(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}"
