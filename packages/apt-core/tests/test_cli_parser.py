@@ -27,15 +27,13 @@ def test_keys_outside_the_sections_are_those_of_the_profile() -> None:
 
 
 def test_train_takes_a_profile_and_any_key_of_it() -> None:
-    args = parse_arguments(
-        ["train", "-p", "tiny", "--plugins", "voter", "builtin", "--model.attention_name", "mha", "--training.learning_rate=3e-4", "--epochs", "5", "--batch-size", "2", "--no-plugin", "moe", "--no-plugin", "rag", "--output_dir", "o", "--strict"]
+    call = (
+        "train -p tiny --plugins voter builtin --model.attention_name mha --training.learning_rate=3e-4 --epochs 5 "
+        "--batch-size 2 --no-plugin moe --no-plugin rag --output_dir o --strict"
     )
-    assert (args.command, args.profile, args.plugins, args.no_plugin) == (
-        "train",
-        "tiny",
-        ["voter", "builtin"],
-        ["moe", "rag"],
-    )
+    args = parse_arguments(call.split())
+    assert (args.command, args.profile) == ("train", "tiny")
+    assert (args.plugins, args.no_plugin) == (["voter", "builtin"], ["moe", "rag"])
     assert (args.epochs, args.batch_size, args.strict, args.resume, args.quiet) == (5, 2, True, None, False)
     assert args.overrides == {"model.attention_name": "mha", "training.learning_rate": "3e-4", "output_dir": "o"}
 
@@ -124,7 +122,7 @@ def test_what_does_not_fit_is_told_in_one_line_with_its_fix(
     ("call", "message", "near"),
     [
         ("trian", "there is no command 'trian'", "train"),
-        ("plugins", "there is no command 'plugins'", "plugin-info"),
+        ("plugins", "there is no command 'plugins'", "plugin-list"),
         ("instal x", "there is no command 'instal'", "install"),
         ("zzz", "there is no command 'zzz'", None),
         ("-p tiny train", "there is no option -p before the command", None),

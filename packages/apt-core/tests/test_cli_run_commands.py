@@ -74,10 +74,11 @@ def make_run(folder: str, profile: str = "tiny_debug", **overrides: Any) -> RunF
 
 
 def test_train_hands_everything_on(run_apt: RunApt, calls: Calls) -> None:
-    result = run_apt(
-        *["train", "-p", "tiny_debug", "--epochs", "5", "--batch-size", "3", "--model.attention_name", "mha", "--training.learning_rate=3e-4"],
-        *["--plugins", "builtin", "--no-plugin", "moe", "--strict", "--quiet", "--run-dir", "here"],
+    call = (
+        "train -p tiny_debug --epochs 5 --batch-size 3 --model.attention_name mha --training.learning_rate=3e-4 "
+        "--plugins builtin --no-plugin moe --strict --quiet --run-dir here"
     )
+    result = run_apt(*call.split())
     assert result == (0, "", "")
     assert calls["source"] == "tiny_debug"
     assert calls["overrides"] == {

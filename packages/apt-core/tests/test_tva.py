@@ -185,7 +185,9 @@ def test_masks_padding_documents_positions_and_chunks(data):
 
     padding = torch.rand(B, T, generator=generator) < 0.3 if chance("padding") else None
     documents = (torch.rand(B, T, generator=generator) < 0.3).cumsum(1) if chance("documents") else None
-    positions = (torch.rand(B, T, generator=generator) < 0.3).cumsum(1) + torch.arange(T) if chance("positions") else None
+    positions = (
+        (torch.rand(B, T, generator=generator) < 0.3).cumsum(1) + torch.arange(T) if chance("positions") else None
+    )
     blocked = torch.rand(B, T, T, generator=generator) < 0.3 if chance("blocked") else None
     bias = draw(B, T, T, seed=seed) if blocked is None and chance("bias") else None
     if bias is not None:
@@ -199,7 +201,9 @@ def test_masks_padding_documents_positions_and_chunks(data):
     if padding is not None and float_padding:
         padding = torch.zeros(B, T, dtype=torch.float64).masked_fill(padding, -math.inf)
 
-    got, got_weights = call(layer, x, None, mask, padding, positions=positions, document_ids=documents, need_weights=True)
+    got, got_weights = call(
+        layer, x, None, mask, padding, positions=positions, document_ids=documents, need_weights=True
+    )
     same(got, wanted)
     same(got_weights, weights)
     same(call(layer, x, None, mask, padding, positions=positions, document_ids=documents)[0], wanted)
@@ -443,7 +447,12 @@ def test_what_a_layer_cannot_do_is_said():
 
 @pytest.mark.parametrize(
     "shape, fits",
-    [((16, 4, 3), "1, 2, 4, 8"), ((16, 4, 16), "1, 2, 4, 8"), ((24, 4, 8), "1, 2, 3, 4, 6, 12"), ((30, 3, 2), "1, 3, 5, 15")],
+    [
+        ((16, 4, 3), "1, 2, 4, 8"),
+        ((16, 4, 16), "1, 2, 4, 8"),
+        ((24, 4, 8), "1, 2, 3, 4, 6, 12"),
+        ((30, 3, 2), "1, 3, 5, 15"),
+    ],
 )
 def test_an_r_that_does_not_fit_is_refused_with_those_that_do(shape, fits):
     d_model, heads, r = shape

@@ -29,7 +29,7 @@ class Progress:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        self._epoch_started = self._line_shown = 0.0
+        self._epoch_started = self._line_shown = time.monotonic()
         self._epoch = self._epochs = 0
         self._loss: float | None = None
         self._speed: list[float] = []
@@ -55,7 +55,7 @@ class Progress:
             self._bar.update(self._task, description=label, completed=done, total=total)
             if finished:
                 self._close_bar()
-        elif finished or time.monotonic() - self._line_shown >= PLAIN_SECONDS:
+        elif time.monotonic() - self._line_shown >= PLAIN_SECONDS:
             self._line_shown = time.monotonic()
             of = f" of {total / 1e6:.1f}" if total else ""
             self.console.print(f"{label}: {done / 1e6:.1f}{of} MB")

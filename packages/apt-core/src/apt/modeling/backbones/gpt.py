@@ -200,7 +200,9 @@ class GPT(nn.Module):
         """Forward FLOPs per token at a context of `length` tokens, attention scores and output projection included."""
         return sum(flops_per_token(block, length) for block in self.blocks) + 2 * self.vocab_size * self.d_model
 
-    def _learned(self, embedding: nn.Embedding, count: int, positions: Tensor | None, cache: ModelCache | None) -> Tensor:
+    def _learned(
+        self, embedding: nn.Embedding, count: int, positions: Tensor | None, cache: ModelCache | None
+    ) -> Tensor:
         start = cache.length if cache is not None else 0
         last = start + count - 1 if positions is None else int(positions.max())
         if last >= self.max_seq_len:

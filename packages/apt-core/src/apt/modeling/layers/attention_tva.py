@@ -138,7 +138,9 @@ class TVAAttentionLayer(nn.Module):
             fits = [str(r) for r in range(1, d_model + 1) if slice_width(d_model, num_heads, r)]
             raise ConfigError(
                 f"model.tva.r: {config.r} does not fit d_model {d_model} with {num_heads} heads",
-                hint=f"r that fit: {', '.join(fits)}" if fits else "choose num_heads so that d_model / num_heads is even",
+                hint=f"r that fit: {', '.join(fits)}"
+                if fits
+                else "choose num_heads so that d_model / num_heads is even",
             )
         self.d_vein = d_model // config.r
         self.slice_dim = slice_dim
@@ -221,7 +223,8 @@ class TVAAttentionLayer(nn.Module):
         check_request("tva_default", query, key, causal=self.causal, context=context)
         if value is not key:
             raise ProviderError(
-                "tva_default makes keys and values from one latent and got two tensors", hint="pass key as value, or use mha"
+                "tva_default makes keys and values from one latent and got two tensors",
+                hint="pass key as value, or use mha",
             )
         cache = context.cache
         assert cache is None or isinstance(cache, VeinCache)
@@ -352,12 +355,16 @@ class TVAAttentionLayer(nn.Module):
             The output [B, H, 1, Dh] and the weights [B, H, 1, S].
         """
         q_BHd = q_B1Hd.squeeze(1)
-        q_BHd = q_BHd * (self.q_gain * self.k_gain).to(q_BHd.dtype) if self.qk_norm else q_BHd / math.sqrt(self.head_dim)
+        q_BHd = (
+            q_BHd * (self.q_gain * self.k_gain).to(q_BHd.dtype) if self.qk_norm else q_BHd / math.sqrt(self.head_dim)
+        )
         free_BHf, turned_BHd = q_BHd.split((self.free_dim, self.slice_dim), dim=-1)
         slices_BSnd = self._slices(vein_BSDc, turns)
         turned_BGnd = turned_BHd.unflatten(1, (-1, self.num_slices))
         # One product per slice: a single batched one would first copy the whole vein, 3 to 4 times as slow at 8 rows.
-        scores_BGnS = torch.stack([q @ k.mT for q, k in zip(turned_BGnd.unbind(2), slices_BSnd.unbind(2), strict=True)], 2)
+        scores_BGnS = torch.stack(
+            [q @ k.mT for q, k in zip(turned_BGnd.unbind(2), slices_BSnd.unbind(2), strict=True)], 2
+        )
         # What the score is divided by: sqrt(Dh) times the key's root mean square, of which this is the square.
         square_BGnS = torch.linalg.vecdot(slices_BSnd, slices_BSnd).mT[:, None] if self.qk_norm else None
         if self.w_u is not None:
@@ -399,7 +406,13 @@ class TVAAttention(AttentionProvider):
         **config: Any,
     ) -> TVAAttentionLayer:
         return TVAAttentionLayer(
-            d_model, num_heads, self.config, causal=causal, dropout=dropout, num_layers=num_layers, rope_theta=rope_theta
+            d_model,
+            num_heads,
+            self.config,
+            causal=causal,
+            dropout=dropout,
+            num_layers=num_layers,
+            rope_theta=rope_theta,
         )
 
 

@@ -22,7 +22,9 @@ class FFNConfig(Section):
 class FeedForward(nn.Module):
     """W_out GELU(W_in x), from [B, T, D] to [B, T, D] (Hendrycks and Gimpel, 2016, for the exact GELU)."""
 
-    def __init__(self, d_model: int, d_ff: int, config: FFNConfig, *, dropout: float = 0.0, num_layers: int = 1) -> None:
+    def __init__(
+        self, d_model: int, d_ff: int, config: FFNConfig, *, dropout: float = 0.0, num_layers: int = 1
+    ) -> None:
         super().__init__()
         self.d_model = d_model
         self.d_ff = d_ff
@@ -50,7 +52,9 @@ class GatedFeedForward(nn.Module):
     At the same `d_ff` it has half as many weights again as `FeedForward`.
     """
 
-    def __init__(self, d_model: int, d_ff: int, config: FFNConfig, *, dropout: float = 0.0, num_layers: int = 1) -> None:
+    def __init__(
+        self, d_model: int, d_ff: int, config: FFNConfig, *, dropout: float = 0.0, num_layers: int = 1
+    ) -> None:
         super().__init__()
         self.d_model = d_model
         self.d_ff = d_ff

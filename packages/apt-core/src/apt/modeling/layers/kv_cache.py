@@ -37,7 +37,8 @@ class PositionCache:
         self.max_length = max_length
         self.length = 0
         self.tensors = {
-            name: torch.empty(batch_size, max_length, *shape, device=device, dtype=dtype) for name, shape in shapes.items()
+            name: torch.empty(batch_size, max_length, *shape, device=device, dtype=dtype)
+            for name, shape in shapes.items()
         }
 
     def truncate(self, length: int) -> None:

@@ -159,9 +159,13 @@ def _future(query_length: int, key_length: int, device: torch.device) -> Tensor:
 def _check(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
     if tuple(mask.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ProviderError(f"{name} is {list(mask.shape)}, expected {wanted}", hint="count cached positions as keys too")
+        raise ProviderError(
+            f"{name} is {list(mask.shape)}, expected {wanted}", hint="count cached positions as keys too"
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ProviderError(f"{name} is {mask.dtype}", hint="give a boolean mask (True = blocked) or a float mask (added)")
+        raise ProviderError(
+            f"{name} is {mask.dtype}", hint="give a boolean mask (True = blocked) or a float mask (added)"
+        )
 
 
 __all__ = ["Mask", "attend", "build_mask", "masked_softmax", "padded"]
