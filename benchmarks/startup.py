@@ -57,7 +57,7 @@ def install(folder: Path, distributions: int, plugins: int) -> None:
 
 
 def cpu_ms(command: list[str], env: dict[str, str], runs: int) -> float:
-    """Median CPU time of a command, in milliseconds; the first two runs, which compile and fill caches, do not count."""
+    """Median CPU time of a command in milliseconds, after two runs that compile and fill caches."""
     times = []
     for run in range(runs + 2):
         child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -21,8 +21,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def apt(tmp_path: Path, home: Path) -> Apt:
     """`apt("train", "-p", "tiny_debug", path=[...])` runs the command in an empty folder and returns what it said.
 
-    `path` are folders to put in front of the Python path: where a test has installed something. `expect` is the exit code
-    that it must end with.
+    `path` are folders to put in front of the Python path: where a test has installed something. `expect` is the exit
+    code that it must end with.
     """
 
     def run(

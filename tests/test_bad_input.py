@@ -18,7 +18,7 @@ CASES: dict[str, Case] = {
     "a misspelt option": (["--epoch", "8"], ("--epoch", "--epochs")),
     "a wrong type": (["--training.batch_size", "many"], ("training.batch_size", "expected a whole number", "'many'")),
     "a wrong choice": (["--model.norm", "layernrm"], ("model.norm", "'layernorm'")),
-    "heads that do not divide the width": (["--model.d_model", "18", "--model.num_heads", "4"], ("d_model 18", "num_heads")),
+    "heads that do not divide": (["--model.d_model", "18", "--model.num_heads", "4"], ("d_model 18", "num_heads")),
     "an r that does not fit": (["--model.tva.r", "3"], ("model.tva.r: 3 does not fit", "r that fit")),
     "an unknown plugin": (["--plugins", "frobnicate"], ("there is no plugin 'frobnicate'",)),
     "a slip of a plugin": (["--plugins", "aling"], ("did you mean 'align'",)),
@@ -135,6 +135,8 @@ def test_a_full_disk_while_saving_loses_nothing(apt: Apt, small: Path, small_dis
     (disk / "filler").write_bytes(bytes(max(free - 40_000, 0)))
     full = apt("train", "--resume", str(disk / "run"), "--epochs", "3", expect=2)
     one_clear_line(full, str(checkpoints), "bytes")
-    assert {path.name for path in checkpoints.iterdir()} == before, "the old one stays, and nothing half-written beside it"
+    assert {path.name for path in checkpoints.iterdir()} == before, (
+        "the old one stays, and nothing half-written beside it"
+    )
     (disk / "filler").unlink()
     assert "Training is complete" in apt("train", "--resume", str(disk / "run"), "--epochs", "3").stdout

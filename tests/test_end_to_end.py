@@ -49,7 +49,7 @@ def test_the_provider_that_is_missing_falls_back_as_in_the_guide(apt: Apt, tmp_p
         "train", "-p", "tiny_debug.yaml", "--model.attention_name", "flash_v2", "--training.max_steps", "2",
         "--training.eval_batches", "1", "--data.stdlib.max_bytes", "100000",
     )  # fmt: skip
-    assert 'attention:flash_v2 is not installed; using attention:tva_default instead' in done.stderr
+    assert "attention:flash_v2 is not installed; using attention:tva_default instead" in done.stderr
     assert 'pip install "apt-plugin-flash[cuda]"' in done.stderr
     assert "instead of flash_v2" in done.stdout
     lock = json.loads((tmp_path / "runs/tiny_debug-1/plugins.lock.json").read_text())

@@ -1,4 +1,4 @@
-"""A distribution of a third party, installed beside core: its attention, FFN, loss and command work, and no file of core
+"""A third party's distribution, installed beside core: its attention, FFN, loss and command work, and no file of core
 knows of it."""
 
 from __future__ import annotations

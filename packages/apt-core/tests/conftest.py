@@ -6,24 +6,11 @@ import base64
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-MakeDistribution = Callable[..., Path]
-
-
-class Result(NamedTuple):
-    """What a call of the command line came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-RunApt = Callable[..., Result]
+from fixture_types import MakeDistribution, Result, RunApt
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import MakeDistribution, RunApt
+from fixture_types import MakeDistribution, RunApt
 
 import apt
 from apt.cli import commands, main

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import RunApt
+from fixture_types import RunApt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,6 +101,7 @@ def test_values_are_yaml() -> None:
         ("train --epochs", "--epochs: expected one argument", None),
         ("train --epochs 0", "--epochs: expected a whole number, at least 1, got '0'", None),
         ("train --epochs 1.5", "--epochs: expected a whole number, at least 1, got '1.5'", None),
+        ("train --no-plugins --plugins moe", "--plugins: not allowed with argument --no-plugins", None),
         ("train x", "one argument too many: 'x'", None),
         ("generate --top-p x", "--top-p: expected a number, got 'x'", None),
         ("eval --checkpoint -1", "--checkpoint: expected best, last or a step, got '-1'", None),

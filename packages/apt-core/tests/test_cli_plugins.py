@@ -7,7 +7,7 @@ import json
 from argparse import Namespace
 
 import pytest
-from conftest import MakeDistribution, RunApt
+from fixture_types import MakeDistribution, RunApt
 
 from apt.cli.commands import run_plugin_info_command, run_plugin_list_command
 from apt.cli.parser import parse_arguments

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunApt
+from fixture_types import RunApt
 
 from apt.core.errors import ConfigError
 from apt.core.profiles import dump_yaml, resolve
@@ -80,13 +80,9 @@ def test_train_hands_everything_on(run_apt: RunApt, calls: Calls) -> None:
     )
     result = run_apt(*call.split())
     assert result == (0, "", "")
-    assert calls["source"] == "tiny_debug"
-    assert calls["overrides"] == {
-        "model.attention_name": "mha",
-        "training.learning_rate": 3e-4,
-        "training.max_epochs": 5,
-        "training.batch_size": 3,
-    }
+    config = calls["source"].config
+    assert (config.name, config.model.attention_name, config.training.learning_rate) == ("tiny_debug", "mha", 3e-4)
+    assert (config.training.max_epochs, config.training.batch_size) == (5, 3)
     assert (calls["plugins"], calls["no_plugin"], calls["no_plugins"]) == (["builtin"], ["moe"], False)
     assert (calls["strict"], calls["quiet"], calls["run_dir"], calls["resume"]) == (True, True, Path("here"), None)
     assert calls["options"].profile == "tiny_debug"
@@ -125,8 +121,8 @@ def test_resume_without_a_run_takes_the_newest(run_apt: RunApt, calls: Calls) ->
     for age, run in enumerate((other, newer, older)):
         os.utime(run.profile, (1e9 - age, 1e9 - age))
     assert run_apt("train", "--resume", "--epochs", "4") == (0, "", "")
-    assert (calls["resume"].path, calls["source"]) == (other.path, other.profile)
-    assert calls["overrides"] == {"training.max_epochs": 4}
+    assert (calls["resume"].path, calls["source"].source) == (other.path, str(other.profile))
+    assert calls["source"].config.training.max_epochs == 4
     assert run_apt("train", "--resume", "-p", "tiny_debug") == (0, "", "")
     assert calls["resume"].path == newer.path
     assert run_apt("train", "--resume", "tiny_debug-9") == (0, "", "")
@@ -147,7 +143,7 @@ def test_resume_says_where_a_given_profile_differs(run_apt: RunApt, calls: Calls
     run = make_run("runs/tiny_debug-1", training__max_epochs=9, model__tva={"r": 2})
     result = run_apt("train", "-p", "tiny_debug", "--resume")
     assert result.code == 0
-    assert calls["source"] == run.profile
+    assert calls["source"].source == str(run.profile)
     assert result.err.startswith(
         "warning: runs/tiny_debug-1 goes on with its own profile, from which tiny_debug differs in "
     )

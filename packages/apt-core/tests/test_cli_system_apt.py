@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RunApt
+from fixture_types import RunApt
 
 import apt
 from apt.cli import system_apt

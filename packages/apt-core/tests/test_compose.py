@@ -181,7 +181,7 @@ def test_the_vocabulary_must_be_known(registry: Registry) -> None:
 def test_an_r_that_does_not_fit_is_the_users_to_mend(registry: Registry) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ConfigError, match="model.tva.r: 3 does not fit"):
+        with pytest.raises(ConfigError, match=r"model.tva.r: 3 does not fit"):
             ModelBuilder(config(tva={"r": 3}), registry=registry).build_model()
 
 

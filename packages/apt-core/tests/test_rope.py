@@ -36,7 +36,7 @@ def test_rotation_is_the_definition_in_either_arithmetic(monkeypatch: pytest.Mon
     torch.testing.assert_close(
         rotate(x, rope.turns(None, 5, 8, x)), turned(x, [[5, 6, 7]] * 2, 100.0), rtol=0, atol=1e-14
     )
-    for positions in ([[5, 6, 7]] * 2, [[0, 4, 1], [9, 2, 2]], [[-1, 0, -7], [LONGEST_TABLE, 1, LONGEST_TABLE + 7]]):
+    for positions in ([[5, 6, 7]] * 2, [[0, 4, 1], [9, 2, 2]], [[-1, 0, -7]] * 2, [[LONGEST_TABLE, 1, 2]] * 2):
         turns = rope.turns(torch.tensor(positions), 0, 0, x)
         torch.testing.assert_close(rotate(x, turns), turned(x, positions, 100.0), rtol=0, atol=1e-10)
     one_row = rope.turns(torch.tensor([3, 1, 2]), 0, 0, x)

@@ -15,8 +15,9 @@ from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext
 from apt.core.registry import Registry
 from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
-from apt.modeling.layers.attention_tva import REWIND, TVAAttention, TVAAttentionLayer, TVAConfig
+from apt.modeling.layers.attention_tva import TVAAttention, TVAAttentionLayer, TVAConfig
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
+from apt.modeling.layers.vein import REWIND
 
 # (d_model, heads, r): one slice per head, several heads to a slice, one slice, slices narrower than a head, both.
 SHAPES = [(16, 4, 1), (16, 4, 2), (16, 4, 4), (16, 4, 8), (24, 2, 3)]
@@ -240,6 +241,27 @@ def test_positions_that_are_given_late_follow_those_that_were_not():
     same(torch.cat(again, 1), layer(x, x, x)[0][:, 4:])
 
 
+def test_an_emptied_cache_forgets_the_positions_it_was_given():
+    layer, x = build(), draw(B, T, 16)
+    cache = layer.make_cache(B, T, dtype=torch.float64)
+    with torch.no_grad():
+        call(layer, x, cache=cache, positions=torch.arange(T) * 2)
+        assert "positions" in cache.tensors
+        cache.truncate(0)
+        same(call(layer, x, cache=cache)[0], layer(x, x, x)[0])
+    assert "positions" not in cache.tensors
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cache_may_keep_less_precision_than_the_layer(shape):
+    layer, x = build(shape), draw(B, T, shape[0])
+    cache = layer.make_cache(B, T, dtype=torch.float32)
+    with torch.no_grad():
+        pieces = [call(layer, piece, cache=cache)[0] for piece in x.split([2, 1, T - 3], 1)]
+    assert cache.tensors["vein"].dtype == torch.float32
+    same(torch.cat(pieces, 1), layer(x, x, x)[0], tolerance=1e-5)
+
+
 def test_a_left_padded_row_equals_the_row_alone():
     layer, x = build(), draw(1, T, 16)
     full = torch.cat((draw(1, 3, 16, seed=5), x), 1)
@@ -252,7 +274,7 @@ def test_a_left_padded_row_equals_the_row_alone():
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_without_the_extras_it_can_express_multi_head_attention(qk_norm):
-    """r = 1, s = 0, no QK-norm: with W_c = W_k and V = W_v W_k^-1 the two are the same function; with the norm they are not."""
+    """r = 1, s = 0, no QK-norm: with W_c = W_k and V = W_v W_k^-1 the two are one function; the norm parts them."""
     mha = MHAAttentionLayer(16, 4, MHAConfig()).double()
     tva = build((16, 4, 1), s=0.0, qk_norm=qk_norm)
     w_q, w_k, w_v = mha.w_qkv.weight.detach().normal_(generator=torch.Generator().manual_seed(3)).split(16)
@@ -384,9 +406,13 @@ def test_a_cache_truncated_too_far_says_so():
     cache = layer.make_cache(1, 64, dtype=torch.float64)
     with torch.no_grad():
         call(layer, draw(1, 60, 16), cache=cache)
-    with pytest.raises(ProviderError, match="cannot be truncated to 20, only by 32; truncate it to 0"):
+    with pytest.raises(ProviderError, match="cannot be truncated from 60 to 20, by 32 at most; truncate it to 0"):
         cache.truncate(20)
+    with pytest.raises(ProviderError):
+        cache.truncate(60 - REWIND - 1)
     assert cache.length == 60
+    cache.truncate(60 - REWIND)
+    assert cache.length == 60 - REWIND
     plain = build(s=0.0)
     cache = plain.make_cache(1, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -441,7 +467,7 @@ def test_what_a_layer_cannot_do_is_said():
     layer, x = build(), draw(B, T, 16)
     with pytest.raises(ProviderError, match="keys and values from one latent"):
         layer(x, x, x.clone())
-    with pytest.raises(ProviderError, match="causal and got 6 queries for 5 keys; .*causal=False"):
+    with pytest.raises(ProviderError, match=r"causal and got 6 queries for 5 keys; .*causal=False"):
         layer(x, x[:, :5], x[:, :5])
 
 

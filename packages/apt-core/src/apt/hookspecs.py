@@ -124,8 +124,8 @@ def apt_register_commands(commands: Any) -> None:
 
 @hookspec
 def apt_register_options(command: str, options: Any) -> None:
-    """Add options to a command of core. `options` is the `argparse` group of this plugin on that command; asked only
-    when that command runs. What was given is in `trainer.options`."""
+    """Add options to a command of core; asked only when that command runs, and `train` is the one that asks. `options`
+    is the `argparse` group of this plugin on it; what was given is in `trainer.options`."""
 
 
 # Build

@@ -87,11 +87,12 @@ def check_lock(old: Mapping[str, Any], slots: Iterable[Slot], kinds: Container[s
         CheckpointError: another provider is in effect for a kind than the one recorded.
     """
 
-    def compared(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        counts = (lambda kind: kind in kinds) if kinds is not None else (lambda kind: kind not in ONLOOKERS)
-        return [record for record in records if record["name"] and counts(record["kind"])]
+    def compared(record: dict[str, Any]) -> bool:
+        kind = record["kind"]
+        return bool(record["name"]) and (kind in kinds if kinds is not None else kind not in ONLOOKERS)
 
-    recorded, present = compared(old["slots"]), compared(_record(slot, {}) for slot in slots)
+    recorded = [record for record in old["slots"] if compared(record)]
+    present = [record for slot in slots if compared(record := _record(slot, {}))]
     notes: list[str] = []
     for kind in dict.fromkeys(record["kind"] for record in (*recorded, *present)):
         before = {record["name"]: record for record in recorded if record["kind"] == kind}

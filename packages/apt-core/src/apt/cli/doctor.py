@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from apt.cli.commands import look_at_plugins, plugin_lines
 from apt.cli.screen import columns, heading
 from apt.cli.system_apt import find_system_apt
-from apt.core.catalogue import DEFAULTS, PROVIDERS
+from apt.core.catalogue import DEFAULTS, PROVIDERS, how_to_install
 from apt.core.errors import AptError, AptWarning
 from apt.core.registry import Registry
 
@@ -40,7 +40,7 @@ def run_doctor_command(args: Namespace) -> int:
     _show("Plugins", plugin_lines(plugins))
     _show("Providers", _providers(plugins.registry))
     absent = columns(_not_installed(plugins.registry))
-    _show("To be had with pip install", absent or ["  nothing more that core knows of"], last=True)
+    _show("To be had", absent or ["  nothing more that core knows of"], last=True)
     return 0
 
 
@@ -160,7 +160,7 @@ def _not_installed(registry: Registry) -> list[tuple[str, ...]]:
     for (kind, name), package in PROVIDERS.items():
         if name not in known.get(kind, []):
             groups.setdefault((package, _instead(registry, kind, name)), []).append(f"{kind}:{name}")
-    return [(package, f"{', '.join(slots)}: {instead}") for (package, instead), slots in groups.items()]
+    return [(how_to_install(package), f"{', '.join(slots)}: {instead}") for (package, instead), slots in groups.items()]
 
 
 def _show(title: str, lines: Sequence[str], *, last: bool = False) -> None:

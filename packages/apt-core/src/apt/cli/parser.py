@@ -239,11 +239,12 @@ def _add_run(parser: Parser) -> None:
 
 def _add_selection(parser: Parser) -> None:
     group = parser.add_argument_group("plugins")
-    group.add_argument("--plugins", nargs="+", metavar="X", help="use these plugins alone, whatever the profile says")
+    names = group.add_mutually_exclusive_group()
+    names.add_argument("--plugins", nargs="+", metavar="X", help="use these plugins alone, whatever the profile says")
     group.add_argument(
         "--no-plugin", action="append", default=[], metavar="X", help="leave this plugin out; may be repeated"
     )
-    group.add_argument("--no-plugins", action="store_true", help="use none")
+    names.add_argument("--no-plugins", action="store_true", help="use none")
     group.add_argument(
         "--strict", action="store_true", help="make an error of everything that would fall back or be passed over"
     )

@@ -37,11 +37,12 @@ def run_train_command(args: Namespace) -> int:
     if run is not None and args.profile is not None:
         _warn_of_differences(args.profile, run, overrides)
 
+    profile = resolve(source, overrides)  # what is wrong with it is said before torch is imported, which takes seconds
+
     from apt.training.trainer import Trainer
 
     trainer = Trainer(
-        source,
-        overrides=overrides,
+        profile,
         **_selection(args),
         run_dir=Path(args.run_dir) if args.run_dir is not None else None,
         resume=run,

@@ -60,3 +60,14 @@ SECTIONS: dict[str, str] = {"moe": "apt-plugin-moe", "bistate": "apt-plugin-alig
 def package_of_provider(kind: str, name: str) -> str | None:
     """The requirement to install for a first-party provider, or None if core does not know it."""
     return PROVIDERS.get((kind, name))
+
+
+def how_to_install(requirement: str) -> str:
+    """What to do to get what `requirement` brings; a package that is installed and does not bring it is too old."""
+    from importlib_metadata import PackageNotFoundError, version
+
+    try:
+        installed = version(requirement.partition("[")[0])
+    except PackageNotFoundError:
+        return f'pip install "{requirement}"'
+    return f'the installed version, {installed}, does not bring it: pip install --upgrade "{requirement}"'

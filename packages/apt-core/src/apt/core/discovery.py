@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
-from apt.core.catalogue import ENTRY_POINTS, PLUGINS
+from apt.core.catalogue import ENTRY_POINTS, PLUGINS, how_to_install
 from apt.core.errors import HINT, AptError, AptWarning, PluginError, did_you_mean
 from apt.core.hooks import Hooks
 from apt.core.registry import Registry
@@ -141,10 +141,9 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
             continue
         message = f"{source}: plugin {name!r} is not installed"
         if strict:
-            raise PluginError(message, hint=f"pip install {PLUGINS[name]}")
-        warnings.warn(
-            f"{message}; going on without it (to get it: pip install {PLUGINS[name]})", AptWarning, stacklevel=3
-        )
+            raise PluginError(message, hint=how_to_install(PLUGINS[name]))
+        fix = how_to_install(PLUGINS[name])
+        warnings.warn(f"{message}; going on without it (to get it: {fix})", AptWarning, stacklevel=3)
     wanted = None if selection.names is None else {ENTRY_POINTS.get(name, name) for name in selection.names}
     for plugin in found:
         if plugin.name == BUILTIN or plugin.status != "ok":

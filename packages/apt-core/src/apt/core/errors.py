@@ -78,7 +78,7 @@ class FallbackWarning(AptWarning):
 
 
 SLIP, HINT = 0.75, 0.6
-"""How alike two names must be, from 0 to 1: to take the one for a slip of the other, where that decides something; and to
+"""How alike two names must be, from 0 to 1: to take one for a slip of the other, where that decides something; and to
 mention it, where the name is wrong in any case."""
 
 

@@ -261,8 +261,9 @@ def _check_implementation(name: str, caller: Any, plugin: object) -> None:
 def _check_unknown(name: str, plugin: object) -> None:
     """Warn of methods that look like hooks and are none: a slip there would silently do nothing."""
     for attribute in dir(type(plugin) if not isinstance(plugin, types.ModuleType) else plugin):
-        near = did_you_mean(attribute, SPEC_NAMES) if attribute.startswith(("on_", "apt_", "extra_")) else None
-        if near and attribute not in SPEC_NAMES:
+        if attribute in SPEC_NAMES or not attribute.startswith(("on_", "apt_", "extra_")):
+            continue
+        if near := did_you_mean(attribute, SPEC_NAMES):
             warnings.warn(
                 f"{name}.{attribute} is no hook and will not be called; did you mean {near}?", AptWarning, stacklevel=4
             )

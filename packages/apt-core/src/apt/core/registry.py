@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from apt.core.catalogue import DEFAULTS, KINDS, package_of_provider
+from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, package_of_provider
 from apt.core.errors import (
     ConfigError,
     ConflictError,
@@ -334,7 +334,7 @@ class Registry:
     def _how_to_get(self, kind: str, name: str) -> str:
         package = package_of_provider(kind, name)
         if package:
-            return f'pip install "{package}"'
+            return how_to_install(package)
         near = self.near_miss(kind, name)
         if near:
             return f"did you mean {near!r}?"

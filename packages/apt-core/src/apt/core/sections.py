@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from apt.core.catalogue import KINDS, SECTIONS
+from apt.core.catalogue import KINDS, SECTIONS, how_to_install
 from apt.core.errors import AptError, AptWarning, ProviderError, did_you_mean
 from apt.core.problems import Problem, bool_problems, json_schema, locate, raise_problems, validation_problems
 
@@ -52,7 +52,7 @@ def check_sections(config: RunConfig, registry: Registry, origins: Mapping[Path,
                 problems.append(Problem(path, "unknown section", f"did you mean {name!r} at the top level?"))
             else:
                 package = SECTIONS.get(name)
-                fix = f'pip install "{package}"' if package else "install the plugin that does, or take it out"
+                fix = how_to_install(package) if package else "install the plugin that does, or take it out"
                 warnings.warn(
                     f"{locate(path, origins)}kept, but no installed plugin reads it; {fix}", AptWarning, stacklevel=2
                 )

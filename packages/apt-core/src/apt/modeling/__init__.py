@@ -1,1 +1,1 @@
-"""Models: layers, the backbone that stacks them, and the builder that reads a profile. Importing this imports no torch."""
+"""Models: layers, the backbone that stacks them, and the builder that reads a profile."""

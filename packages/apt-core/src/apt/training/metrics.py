@@ -14,23 +14,31 @@ class MetricsFile:
     """Appends records as they come.
 
     Args:
-        path: the file; it is made at the first record.
+        path: the file.
         resume_step: a resumed run continues at this step: what an earlier process wrote from there on is cut off, so
             that no step stands in the file twice.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        self.path = path
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] < resume_step]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
             os.replace(temporary, path)
+        # Line by line: what was logged is in the file, whatever becomes of this process.
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        self._file.write(_line(record))
+
+    def on_training_end(self, trainer: Any) -> None:
+        """The run has ended well."""
+        self._file.close()
+
+    def on_exception(self, error: BaseException, trainer: Any) -> None:
+        """The run has ended early."""
+        self._file.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from apt.core.hooks import Hooks, has_hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger, log_to_file
 from apt.core.monitor import ResourceMonitor
-from apt.core.profiles import check_sections, dump_yaml, resolve
+from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
 from apt.core.providers import Provider
 from apt.core.registry import registry as global_registry
 from apt.core.runs import RunFolder, new_run
@@ -46,8 +46,8 @@ class Trainer:
     """Trains one model, as a profile says.
 
     Args:
-        source: a profile's path or name, a plain dict, or a `RunConfig`.
-        overrides: {"training.max_epochs": 5, ...}, dotted keys over the profile's own.
+        source: a profile's path or name, a plain dict, a `RunConfig`, or a profile that is resolved already.
+        overrides: {"training.max_epochs": 5, ...}, dotted keys over the profile's own; not for one that is resolved.
         plugins, no_plugin, no_plugins: which plugins may be used, as the command line's options of those names.
         strict: every fallback and every effect that fails is an error.
         run_dir: the run's folder; a new one under the profile's `output_dir` if left out.
@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(
         self,
-        source: str | Path | Mapping[str, Any] | RunConfig,
+        source: str | Path | Mapping[str, Any] | RunConfig | Profile,
         *,
         overrides: Mapping[str, Any] | None = None,
         plugins: Iterable[str] | None = None,
@@ -76,7 +76,7 @@ class Trainer:
         quiet: bool = False,
         options: Any = None,
     ) -> None:
-        self.profile = resolve(source, overrides)
+        self.profile = source if isinstance(source, Profile) else resolve(source, overrides)
         self.config: RunConfig = self.profile.config
         self.options = options
         self.strict = strict
@@ -211,7 +211,8 @@ class Trainer:
             self.model, self.data.val, self.config.training.batch_size, self.device, self.config.training.eval_batches
         )
         self.hooks.call("on_evaluation_end", metrics=metrics, trainer=self)
-        record = {"event": "eval", "step": self.step - 1, "epoch": self.epoch, **metrics}
+        memory = self._monitor.sample().memory
+        record = {"event": "eval", "step": self.step - 1, "epoch": self.epoch, **metrics, "memory": memory}
         self.hooks.call("on_log", record=record)
         improved = metrics["val_loss"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
@@ -236,7 +237,6 @@ class Trainer:
             "loss": losses.mean().item(),
             "learning_rate": rate,
             "tokens_per_second": round(tokens / seconds),
-            "memory": self._monitor.sample().memory,
         }
         last, norm = self._window[-1]
         if norm is not None:

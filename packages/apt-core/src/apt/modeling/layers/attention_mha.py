@@ -1,7 +1,7 @@
 """Multi-head attention with rotary positions, and its grouped-query form.
 
-Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Ainslie et al., "GQA" (2023). With `num_kv_heads` K < H,
-head h reads the keys and values h // (H / K).
+Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Ainslie et al., "GQA" (2023): with K < H heads of keys
+and values, head h reads those of number h // (H / K).
 """
 
 from __future__ import annotations
@@ -186,8 +186,11 @@ class MHAAttentionLayer(nn.Module):
         sizes = [count * self.head_dim for count in heads]
         weights = self.w_qkv.weight.split(sizes)
         biases = self.w_qkv.bias.split(sizes) if self.w_qkv.bias is not None else (None, None, None)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # type: ignore[return-value]
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (-1, self.head_dim))
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        return q, k, v
 
 
 class MHAAttention(AttentionProvider):
@@ -224,4 +227,4 @@ class MHAAttention(AttentionProvider):
         )
 
 
-__all__ = ["MHAConfig", "MHAAttention", "MHAAttentionLayer"]
+__all__ = ["MHAAttention", "MHAAttentionLayer", "MHAConfig"]

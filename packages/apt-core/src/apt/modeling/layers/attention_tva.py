@@ -1,17 +1,17 @@
-"""TVA, Tri-Vein attention: one narrow latent, the vein, carries keys and values, and regenerates itself from its own past.
+"""TVA, Tri-Vein attention: one narrow latent, the vein, carries keys and values, and is regenerated from its own past.
 
-Where multi-head attention remembers 2 D numbers per position, TVA remembers the D / r of the vein. With x [B, T, D], heads H
-of size Dh = D / H, a vein of width Dc = D / r, and (.) the product element by element:
+Where multi-head attention remembers 2 D numbers per position, TVA remembers the D / r of the vein. With x [B, T, D], H
+heads of size Dh = D / H, a vein of width Dc = D / r, and (.) the product element by element:
 
 1. [q | c] = x W_in. c is the vein.
-2. Self-generation: c~_t = c_t + (s / tau) * sum_{j = 1, 2} w_j (.) c_{t-j}, where attention is causal and t-j, ..., t are
+2. Self-generation: c~_t = c_t + (s / tau) * sum_{j = 1, 2} w_j (.) c_{t-j}, where attention is causal and t-j to t are
    consecutive positions of one document, none of them padding. w starts at zero.
-3. Keys: the vein is cut into n_v = Dc / dp slices of dp = gcd(Dc, Dh), and k_h = [U_h c~ ; RoPE(slice h mod n_v of c~)],
-   U_h only where dp < Dh. q_h turns on the same last dp dimensions. Then both go through an RMS norm with gains.
+3. Keys: c~ is cut into n_v = Dc / dp slices of dp = gcd(Dc, Dh), and k_h = [U_h c~ ; RoPE(slice h mod n_v)], U_h only
+   where dp < Dh. q_h turns on the same last dp dimensions. Then both go through an RMS norm with gains.
 4. Values: v_h = V_h c~. Output: softmax(q_h k_h / sqrt(Dh)) v_h over all heads, times W_o.
 
-The narrow latent for keys and values is that of multi-head latent attention (DeepSeek-V2, 2024, section 2.1), the norm of
-queries and keys that of Henry et al. (2020), the short memory is kin to the short convolutions of state-space models.
+The narrow latent for keys and values comes from multi-head latent attention (DeepSeek-V2, 2024, section 2.1), the norm
+of queries and keys from Henry et al. (2020); step 2 is kin to the short convolutions of state-space models.
 """
 
 from __future__ import annotations
@@ -28,23 +28,17 @@ from apt.core.config import Section
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
 from apt.modeling.layers.checks import check_heads, check_request
-from apt.modeling.layers.kv_cache import PositionCache
 from apt.modeling.layers.masks import Mask, attend, build_mask, masked_softmax, padded
 from apt.modeling.layers.norm import EPS, rms_norm
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
-
-TAPS = 2
-"""How many earlier positions the vein regenerates from."""
-
-REWIND = 32
-"""How many positions a cache can be truncated by: beyond the raw vein of the last two it keeps that of so many more."""
+from apt.modeling.layers.vein import TAPS, VeinCache, unbroken_steps
 
 
 class TVAConfig(Section):
     """The section `model.tva`."""
 
     r: Annotated[int, Field(gt=0)] = 4
-    """Compression: the vein has d_model / r dimensions, and the cache 2 r times fewer numbers than multi-head attention's."""
+    """Compression: the vein has d_model / r dimensions, and the cache 2 r times fewer numbers than that of `mha`."""
     s: Annotated[float, Field(ge=0)] = 1.0
     """Strength of self-generation; 0 leaves it out."""
     tau: Annotated[float, Field(gt=0)] = 0.18
@@ -60,44 +54,6 @@ def slice_width(d_model: int, num_heads: int, r: int) -> int | None:
     """
     width = math.gcd(d_model // r, d_model // num_heads)
     return None if d_model % r or width % 2 else width
-
-
-class VeinCache(PositionCache):
-    """What a TVA layer remembers: the regenerated vein c~, not rotated, and the last of the raw c."""
-
-    recent_BPDc: Tensor | None = None
-    """The raw vein of the last P positions: at least two, where there are so many, and at most two and `REWIND`."""
-
-    def write_recent(self, c_BTDc: Tensor) -> None:
-        """Add the raw vein of the new positions."""
-        new = c_BTDc[:, -(TAPS + REWIND) :]
-        kept = self.recent_BPDc if self.recent_BPDc is not None else new[:, :0]
-        surplus = max(kept.shape[1] + new.shape[1] - (TAPS + REWIND), 0)
-        self.recent_BPDc = torch.cat((kept[:, surplus:], new), 1)
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on.
-
-        Raises:
-            ProviderError: that is further back than the raw vein is kept, so that what follows could not be regenerated.
-        """
-        if length <= 0:
-            self.recent_BPDc = None
-        elif self.recent_BPDc is not None and length < self.length:
-            kept = self.recent_BPDc.shape[1] - (self.length - length)
-            if kept < min(TAPS, length):
-                raise ProviderError(
-                    f"tva_default: a cache of {self.length} positions cannot be truncated to {length}, only by {REWIND}",
-                    hint="truncate it to 0 and feed the text again",
-                )
-            self.recent_BPDc = self.recent_BPDc[:, :kept]
-        super().truncate(length)
-
-    def select_rows(self, rows_B: Tensor) -> None:
-        """Keep the batch rows `rows_B` (int64 [B']), in that order; a row may be repeated."""
-        super().select_rows(rows_B)
-        if self.recent_BPDc is not None:
-            self.recent_BPDc = self.recent_BPDc[rows_B]
 
 
 class TVAAttentionLayer(nn.Module):
@@ -213,8 +169,8 @@ class TVAAttentionLayer(nn.Module):
         *,
         context: AttentionContext | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `AttentionProvider`. Keys and values come from one latent, so `value` must be `key` itself; cross-attention
-        rotates its keys by their own index and generates nothing.
+        """See `AttentionProvider`. Keys and values come from one latent, so `value` must be `key` itself. A key that is
+        not `query` itself is cross-attention: it is rotated by its own index, and nothing is generated.
 
         Raises:
             ProviderError: `value` is another tensor than `key`, or a mask or the context does not fit.
@@ -269,6 +225,7 @@ class TVAAttentionLayer(nn.Module):
             cache.advance(T)
 
         q_BTHd = self._queries(q_BTD, q_turns)
+        weights_BHTS: Tensor | None
         if cache is not None and T == 1:
             out_BHTd, weights_BHTS = self._attend_in_vein(q_BTHd, vein_BSDc, k_turns, mask)
         else:
@@ -299,8 +256,8 @@ class TVAAttentionLayer(nn.Module):
         Args:
             c_BTDc: the raw vein of the new positions.
             past_BPDc: that of the positions before them, or None.
-            unbroken: bool [B or 1, T + 1]: whether each position, from the one before the new ones on, continues the one
-                before it; None: all do.
+            unbroken: bool [B or 1, T + 1]: whether each position, from the last past one on, continues the one before
+                it; None: all do.
         """
         T = c_BTDc.shape[1]
         run = c_BTDc if past_BPDc is None else torch.cat((past_BPDc[:, -TAPS:].to(c_BTDc.dtype), c_BTDc), 1)
@@ -416,36 +373,4 @@ class TVAAttention(AttentionProvider):
         )
 
 
-def unbroken_steps(
-    start: int, stop: int, positions: Tensor | None, documents_BS: Tensor | None, padded_BS: Tensor | None
-) -> Tensor | None:
-    """Whether each position of start - 1 to stop - 1 continues the one before it: its number is one higher, both belong to
-    one document and neither is padding.
-
-    Args:
-        positions: int64 [stop] or [B, stop]; None: consecutive.
-        documents_BS: int64 [B, stop]; None: one document.
-        padded_BS: bool [B, stop]; None: no padding.
-
-    Returns:
-        bool [B or 1, stop - start + 1], False where there is no position before; None if nothing breaks the row.
-    """
-    if positions is None and documents_BS is None and padded_BS is None:
-        return None
-    first = max(start - TAPS, 0)
-    unbroken: Tensor | None = None
-    if positions is not None:
-        window = torch.atleast_2d(positions)[:, first:stop]
-        unbroken = window.diff() == 1
-    if documents_BS is not None:
-        same = documents_BS[:, first:stop].diff() == 0
-        unbroken = same if unbroken is None else unbroken & same
-    if padded_BS is not None:
-        real = ~padded_BS[:, first:stop]
-        both = real[:, 1:] & real[:, :-1]
-        unbroken = both if unbroken is None else unbroken & both
-    assert unbroken is not None
-    return F.pad(unbroken, (stop - start + 1 - unbroken.shape[1], 0))
-
-
-__all__ = ["REWIND", "TVAAttention", "TVAAttentionLayer", "TVAConfig", "VeinCache", "unbroken_steps"]
+__all__ = ["TVAAttention", "TVAAttentionLayer", "TVAConfig"]

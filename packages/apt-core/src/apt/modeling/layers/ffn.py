@@ -43,7 +43,8 @@ class FeedForward(nn.Module):
         return 2 * (self.w_in.weight.numel() + self.w_out.weight.numel())
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.dropout(self.w_out(F.gelu(self.w_in(x_BTD))))
+        out_BTD: Tensor = self.dropout(self.w_out(F.gelu(self.w_in(x_BTD))))
+        return out_BTD
 
 
 class GatedFeedForward(nn.Module):
@@ -74,7 +75,8 @@ class GatedFeedForward(nn.Module):
         return 2 * sum(w.weight.numel() for w in (self.w_gate, self.w_up, self.w_down))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.dropout(self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD)))
+        out_BTD: Tensor = self.dropout(self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD)))
+        return out_BTD
 
 
 def _draw(last: nn.Linear, num_layers: int, *others: nn.Linear) -> None:

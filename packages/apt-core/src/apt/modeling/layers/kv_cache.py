@@ -14,7 +14,7 @@ from apt.core.providers.attention import LayerCache
 class PositionCache:
     """Tensors [B, max_length, ...] that fill up in step, position by position.
 
-    A layer writes what it keeps of the new positions, tensor by tensor, and then advances. Writing is in place, so it is
+    A layer writes what it keeps of the new positions, tensor by tensor, and then advances. Writing is in place: it is
     meant for `torch.no_grad` or `torch.inference_mode`.
 
     Args:
@@ -70,7 +70,7 @@ class PositionCache:
         return self.tensors[name][:, :stop].to(new.dtype)
 
     def write_documents(self, ids_BT: Tensor | None) -> Tensor | None:
-        """Put the document ids of the new positions behind those that are held and return all of them, int64 [B, length + T].
+        """Put the document ids of the new positions behind those that are held and return all, int64 [B, length + T].
 
         Raises:
             ProviderError: some of the positions have document ids and some have not.
@@ -89,10 +89,10 @@ class PositionCache:
         return self.write("documents", ids_BT)
 
     def write_positions(self, positions: Tensor | None, count: int, device: torch.device) -> Tensor | None:
-        """Put the positions of `count` new tokens behind those that are held and return all of them, int64 [B, length + T].
+        """Put the positions of `count` new tokens behind those that are held and return all, int64 [B, length + count].
 
-        Until `positions` are given, each is its own index; as long as that holds for all of them, nothing is kept and None
-        is returned.
+        Where `positions` is None each is its own index; as long as that holds for all, nothing is kept and None is
+        returned.
         """
         if self.length == 0:
             self.tensors.pop("positions", None)

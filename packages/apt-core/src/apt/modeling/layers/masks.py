@@ -6,6 +6,7 @@ In a boolean mask True means *blocked*; a float mask is added to the scores. A r
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ class Mask(NamedTuple):
     """What `attend` needs to know."""
 
     visible: Tensor | None = None
-    """Broadcastable to [B, H, T, S]: bool, True where the key is seen, or float, added to the scores. None: all is seen."""
+    """Broadcastable to [B, H, T, S]: bool, True where the key is seen, or float, added to the scores; or None."""
     causal: bool = False
     """Whether T == S and a position sees itself and what came before it: the kernels know that without a mask."""
     blind: Tensor | None = None
-    """bool, broadcastable to [B, H, T, 1]: the rows that see nothing; `visible` shows them something, to stay finite."""
+    """bool, broadcastable to [B, H, T, 1]: rows that see nothing; `visible` shows them everything, to stay finite."""
 
 
 def build_mask(
@@ -71,17 +72,16 @@ def build_mask(
         blocked.append(_future(T, S, like.device))
     if not blocked and not added:
         return Mask()
-    blocked_BHTS = blocked[0] if blocked else None
-    for other in blocked[1:]:
-        blocked_BHTS = blocked_BHTS | other
     if not added:
-        assert blocked_BHTS is not None
-        blind = blocked_BHTS.all(-1, keepdim=True) if may_be_blind else None
-        return Mask(~blocked_BHTS if blind is None else ~blocked_BHTS | blind, blind=blind)
+        visible_BHTS = ~reduce(torch.logical_or, blocked)
+        if not may_be_blind:
+            return Mask(visible_BHTS)
+        blind = ~visible_BHTS.any(-1, keepdim=True)
+        return Mask(visible_BHTS | blind, blind=blind)
     # The dtype comes first: what is finite in float32 may be -inf in fewer bits.
-    bias_BHTS = sum((mask.to(like.dtype) for mask in added[1:]), added[0].to(like.dtype))
-    if blocked_BHTS is not None:
-        bias_BHTS = bias_BHTS.masked_fill(blocked_BHTS, -math.inf)
+    bias_BHTS = reduce(torch.add, [mask.to(like.dtype) for mask in added])
+    if blocked:
+        bias_BHTS = bias_BHTS.masked_fill(reduce(torch.logical_or, blocked), -math.inf)
     blind = (bias_BHTS == -math.inf).all(-1, keepdim=True)
     return Mask(bias_BHTS.masked_fill(blind, 0.0), blind=blind)
 
@@ -129,10 +129,11 @@ def attend(
 
 
 def masked_softmax(scores_BHTS: Tensor, mask: Mask) -> Tensor:
-    """The weights of `scores_BHTS` (already scaled) under `mask`, computed in float32 at least; blind rows are zeros."""
+    """The weights of `scores_BHTS` (already scaled) under `mask`, in float32 at least; blind rows are zeros."""
     visible = mask.visible
     if mask.causal:
-        visible = ~_future(*scores_BHTS.shape[-2:], scores_BHTS.device)
+        T, S = scores_BHTS.shape[-2:]
+        visible = ~_future(T, S, scores_BHTS.device)
     if visible is not None:
         if visible.dtype == torch.bool:
             scores_BHTS = scores_BHTS.masked_fill(~visible, -math.inf)

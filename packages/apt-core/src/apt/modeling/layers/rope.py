@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LONGEST_TABLE = 1 << 17
 """Positions from here on that a caller gives are computed each time: a stray huge one must not become a huge table."""
@@ -17,8 +16,8 @@ LONGEST_TABLE = 1 << 17
 class RotaryEmbedding:
     """The turns of each position.
 
-    The table is a plain attribute and no buffer: `.to(dtype)` would round it, and `to_empty` after a construction on the
-    meta device would leave it without content. It is rebuilt wherever it does not fit the tensor to be turned.
+    The table is a plain attribute and no buffer: `.to(dtype)` would round it, and `to_empty`, after a construction on
+    the meta device, would leave it without content. It is rebuilt wherever it does not fit the tensor to be turned.
 
     Args:
         dim: how many dimensions are turned, an even number d.
@@ -43,9 +42,10 @@ class RotaryEmbedding:
         if positions.is_cpu and not torch.compiler.is_compiling():
             # Here it costs nothing to ask how far they reach, and looking them up is 20 times as fast.
             low, high = (int(bound) for bound in positions.aminmax())
-            if 0 <= low and high < LONGEST_TABLE:
+            if low >= 0 and high < LONGEST_TABLE:
                 table = self._table(high + 1, like.device, dtype)
-                return F.embedding(positions, table.flatten(1)).unflatten(-1, (-1, 2))
+                looked_up: Tensor = torch.embedding(table.flatten(1), positions).unflatten(-1, (-1, 2))
+                return looked_up
         return self._compute(positions, dtype)
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,185 @@
+"""Finding, selecting and loading plugins: selection comes before any import, and a plugin that fails to load disables
+itself alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import pytest
+from fixture_types import MakeDistribution
+
+from apt.core.catalogue import how_to_install
+from apt.core.discovery import BUILTIN, Plugin, Selection, choose, discover, find_plugins, select
+from apt.core.errors import AptWarning, ConflictError, PluginError
+from apt.core.registry import Registry
+
+GOOD = """
+from apt.hookspecs import hookimpl
+API_VERSION = (1, 0)
+
+@hookimpl
+def apt_register_providers(registry):
+    registry.register("ffn", "NAME_ffn", "nowhere:Thing", version="9.9")
+"""
+
+
+def good(name: str) -> str:
+    return GOOD.replace("NAME", name)
+
+
+def plugin(found: list[Plugin], name: str) -> Plugin:
+    return next(entry for entry in found if entry.name == name)
+
+
+# Selection
+
+
+def test_the_command_line_is_over_the_environment_and_that_over_the_profile() -> None:
+    environ = {"APT_PLUGINS": "a, b c", "APT_DISABLE_PLUGINS": "d"}
+    assert choose(environ={}) == Selection(None, (), "default")
+    assert choose(profile=["p"], environ={}) == Selection(("p",), (), "the profile's plugins")
+    assert choose(profile=["p"], environ=environ) == Selection(("a", "b", "c"), ("d",), "APT_PLUGINS")
+    assert choose(plugins=["x"], profile=["p"], environ=environ) == Selection(("x",), ("d",), "--plugins")
+    assert choose(no_plugins=True, plugins=["x"], environ=environ).names == ()
+    assert choose(no_plugin=["q"], environ=environ).excluded == ("q", "d")
+    assert choose(profile=[], environ={}).names == ()
+
+
+def found() -> list[Plugin]:
+    names = {BUILTIN: "apt-core", "one": "dist-one", "moe": "apt-plugin-moe"}
+    return [Plugin(name, f"module_of_{name}", distribution) for name, distribution in names.items()]
+
+
+def test_what_is_not_selected_is_disabled_and_the_builtin_never_is() -> None:
+    for selection, expected in [
+        (Selection(), ["ok", "ok", "ok"]),
+        (Selection(()), ["ok", "disabled", "disabled"]),
+        (Selection(("one",)), ["ok", "ok", "disabled"]),
+        (Selection(None, ("moe",)), ["ok", "ok", "disabled"]),
+        (Selection(None, (BUILTIN,)), ["ok", "ok", "ok"]),
+        (Selection(("routing",)), ["ok", "disabled", "ok"]),
+    ]:
+        plugins = found()
+        select(plugins, selection)
+        assert [entry.status for entry in plugins] == expected, selection
+
+
+def test_a_name_of_the_catalogue_that_is_absent_warns_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.core.discovery.how_to_install", lambda package: f"pip install {package}")
+    with pytest.warns(AptWarning, match=r"'align' is not installed.*pip install apt-plugin-align"):
+        select(found(), Selection(("align",), source="--plugins"))
+    with pytest.raises(PluginError, match="--plugins: plugin 'align' is not installed; pip install apt-plugin-align"):
+        select(found(), Selection(("align",), source="--plugins"), strict=True)
+
+
+def test_a_package_that_is_installed_and_brings_too_little_is_to_be_upgraded() -> None:
+    assert how_to_install("no-such-package[cuda]") == 'pip install "no-such-package[cuda]"'
+    assert re.fullmatch(
+        r'the installed version, 1\.\S+, does not bring it: pip install --upgrade "pluggy"', how_to_install("pluggy")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("aling", "did you mean 'align'"), ("meo", "did you mean 'moe'"), ("zzz", "installed: moe, one")],
+)
+def test_any_other_name_is_an_error(name: str, hint: str) -> None:
+    with pytest.raises(PluginError, match=hint):
+        select(found(), Selection((name,)))
+    with pytest.raises(PluginError, match=hint):
+        select(found(), Selection(None, (name,)))
+
+
+# Finding and loading
+
+
+def test_an_installed_plugin_is_found_described_and_loaded(make_distribution: MakeDistribution) -> None:
+    make_distribution("apt-good", "2.5", plugins={"good": "good_plugin"}, modules={"good_plugin": good("good")})
+    entry = plugin(find_plugins(), "good")
+    assert (entry.distribution, entry.version, entry.source) == ("apt-good", "2.5", "installed")
+    assert "good_plugin" not in sys.modules, "finding imports nothing"
+    plugins = discover(Selection())
+    claim = plugins.registry.find("ffn", "good_ffn")
+    assert (claim.plugin, claim.distribution, claim.distribution_version) == ("good", "apt-good", "2.5")
+    assert plugins.registry.default_of("attention") == "tva_default"
+    assert [entry.name for entry in plugins.loaded][:1] == [BUILTIN]
+
+
+def test_what_is_not_selected_is_not_imported(make_distribution: MakeDistribution) -> None:
+    make_distribution("apt-loud", plugins={"loud": "loud_plugin"}, modules={"loud_plugin": "raise SystemExit(1)"})
+    plugins = discover(Selection(()))
+    assert plugin(plugins.found, "loud").status == "disabled"
+    assert "loud_plugin" not in sys.modules
+
+
+def test_an_editable_install_is_told(make_distribution: MakeDistribution) -> None:
+    direct_url = '{"url": "file:///src/apt-dev", "dir_info": {"editable": true}}'
+    make_distribution("apt-dev", plugins={"dev": "dev_plugin"}, direct_url=direct_url)
+    assert plugin(find_plugins(), "dev").source == "editable: /src/apt-dev"
+
+
+BROKEN: dict[str, tuple[str | None, str, str]] = {
+    "ImportError": ("raise ImportError('half an install')", "import-error", "half an install"),
+    "SyntaxError": ("def", "import-error", "SyntaxError"),
+    "SystemExit": ("raise SystemExit(3)", "import-error", "SystemExit: 3"),
+    "no module": (None, "import-error", "does not exist"),
+    "a missing dependency": ("import not_there_at_all", "missing-dependency", "it needs 'not_there_at_all'"),
+    "no API_VERSION": ("x = 1", "api-mismatch", "declares no API_VERSION"),
+    "another major": ("API_VERSION = (2, 0)", "api-mismatch", "API_VERSION = \\(2, 0\\)"),
+    "a newer minor": ("API_VERSION = (1, 99)", "api-mismatch", "API_VERSION = \\(1, 99\\)"),
+    "a wrong type": ("API_VERSION = 'one'", "api-mismatch", "one"),
+    "an unknown hook argument": (
+        "from apt.hookspecs import hookimpl\nAPI_VERSION = (1, 0)\n@hookimpl\ndef on_step_end(stp): ...",
+        "import-error", "stp",
+    ),
+    "a registration that fails half-way": (
+        good("half") + "    registry.register('no_such_kind', 'x', 'a:B')\n", "import-error", "no provider kind",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_plugin_that_fails_to_load_disables_itself_alone(make_distribution: MakeDistribution, case: str) -> None:
+    source, status, reason = BROKEN[case]
+    modules = {} if source is None else {"broken_plugin": source}
+    make_distribution("apt-broken", plugins={"broken": "broken_plugin"}, modules=modules)
+    make_distribution("apt-good", plugins={"good": "good_plugin"}, modules={"good_plugin": good("good")})
+    with pytest.warns(AptWarning, match=f"'broken'.*is not used: {status}: .*{reason}"):
+        plugins = discover(Selection())
+    entry = plugin(plugins.found, "broken")
+    assert (entry.status, entry.module) == (status, None)
+    assert entry.fix
+    assert plugin(plugins.found, "good").status == "ok"
+    assert plugins.registry.list_providers()["ffn"] == ["default", "good_ffn", "swiglu"], "nothing half-registered"
+    with pytest.raises(PluginError, match="'broken'"):
+        discover(Selection(), strict=True)
+
+
+def test_two_plugins_of_one_name_are_both_shown_and_neither_is_loaded(make_distribution: MakeDistribution) -> None:
+    for letter in "ab":
+        modules = {f"plugin_{letter}": good("x")}
+        make_distribution(f"apt-{letter}", plugins={"same": f"plugin_{letter}"}, modules=modules)
+    with pytest.warns(AptWarning, match="apt-a and apt-b both bring"):
+        plugins = discover(Selection())
+    assert [entry.status for entry in plugins.found if entry.name == "same"] == ["conflict", "conflict"]
+
+
+def test_two_plugins_that_claim_one_provider_are_both_shown(make_distribution: MakeDistribution) -> None:
+    for letter in "ab":
+        source = good("same").replace("nowhere:Thing", f"nowhere:{letter}")
+        make_distribution(f"apt-{letter}", plugins={letter: f"plugin_{letter}"}, modules={f"plugin_{letter}": source})
+    registry = discover(Selection()).registry
+    assert [claim.plugin for claim in registry.claims() if claim.name == "same_ffn"] == ["a", "b"]
+    with pytest.raises(ConflictError, match="--no-plugin b"):
+        registry.get("ffn", "same_ffn")
+
+
+def test_the_global_registry_knows_the_installed_plugins_at_first_use(make_distribution: MakeDistribution) -> None:
+    from apt.core.registry import _load_installed
+
+    make_distribution("apt-good", plugins={"good": "good_plugin"}, modules={"good_plugin": good("good")})
+    registry: Any = Registry(load=_load_installed)
+    assert "good_plugin" not in sys.modules
+    assert "good_ffn" in registry.list_providers("ffn")["ffn"]
