@@ -12,20 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from checkout import ROOT, Apt
-
-
-def test_the_guides_snippet_of_the_builder_runs(tmp_path: Path) -> None:
-    from apt.modeling.compose import ModelBuilder
-
-    with open(ROOT / "examples/profiles/tiny_debug.yaml") as file:
-        config = yaml.safe_load(file)
-    builder = ModelBuilder(config)
-    assert "TVAAttentionLayer" in str(builder.build_block(d_model=64, num_heads=4, d_ff=256))
-    model = builder.build_model()
-    assert model.vocab_size == 256
-    assert config["training"]["max_epochs"] == 3
 
 
 def test_a_run_from_training_to_text(apt: Apt, small: Path) -> None:
@@ -50,7 +37,7 @@ def test_the_provider_that_is_missing_falls_back_as_in_the_guide(apt: Apt, tmp_p
         "--training.eval_batches", "1", "--data.stdlib.max_bytes", "100000",
     )  # fmt: skip
     assert "attention:flash_v2 is not installed; using attention:tva_default instead" in done.stderr
-    assert 'pip install "apt-plugin-flash[cuda]"' in done.stderr
+    assert re.search(r'pip install (--upgrade )?"apt-plugin-flash\[cuda\]"', done.stderr)
     assert "instead of flash_v2" in done.stdout
     lock = json.loads((tmp_path / "runs/tiny_debug-1/plugins.lock.json").read_text())
     assert any(slot["requested"] == "flash_v2" and slot["fallback"] for slot in lock["slots"])

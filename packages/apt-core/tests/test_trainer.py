@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from fixture_types import MakeDistribution
 from safetensors.torch import load_file
 from torch import Tensor
 
+from apt import hookspecs
 from apt.core.errors import AptWarning, CheckpointError, ConfigError, PluginError, TrainingError
 from apt.core.registry import registry
 from apt.core.runs import RunFolder
@@ -418,6 +421,90 @@ def test_two_trainers_in_one_process_share_nothing(config: Config, tmp_path: Pat
     assert all(one.providers[key] is not two.providers[key] for key in one.providers)
     assert "Inner" not in two.hooks.names()
     assert_same(last_weights(alone.run_dir), last_weights(one.run_dir))
+
+
+def test_two_trainers_with_different_plugins_do_not_touch_each_other(
+    config: Config, make_distribution: MakeDistribution
+) -> None:
+    make_distribution(
+        "apt-counting",
+        plugins={"counting": "counting_plugin"},
+        modules={
+            "counting_plugin": """
+from apt.hookspecs import hookimpl
+API_VERSION = (1, 0)
+seen = []
+
+@hookimpl
+def apt_register_providers(registry):
+    registry.register("ffn", "counted", "apt.modeling.layers.ffn:SwiGLU", version="1.0")
+
+@hookimpl
+def on_step_end(trainer):
+    seen.append(id(trainer))
+
+@hookimpl
+def on_checkpoint_save(trainer):
+    return {"seen": seen.count(id(trainer))}
+"""
+        },
+    )
+    plain = train(config, plugins=[])
+    one = Trainer(config, plugins=["counting"], overrides={"model.ffn_name": "counted"}, quiet=True)
+    two = Trainer(config, no_plugins=True, quiet=True)
+    one.train()
+    two.train()
+    import counting_plugin  # type: ignore[import-not-found]
+
+    assert set(counting_plugin.seen) == {id(one)}
+    assert ("ffn", "counted") in one.providers
+    assert "counted" not in two.registry.list_providers("ffn")["ffn"]
+    assert "counting" not in two.hooks.names()
+    assert_same(last_weights(plain.run_dir), last_weights(two.run_dir))
+
+
+TABLE_ROW = re.compile(r"^\| (`.+?`) \|", re.MULTILINE)
+
+
+def documented(heading: str, following: str) -> list[str]:
+    """The names in the first column of one of the tables in `apt.hookspecs`."""
+    table = (hookspecs.__doc__ or "").partition(heading)[2].partition(following)[0]
+    return [name for row in TABLE_ROW.findall(table) for name in re.findall(r"`(\w+)`", row)]
+
+
+def test_what_the_tables_promise_to_hooks_is_there(config: Config) -> None:
+    seen: dict[str, set[str]] = {}
+
+    class Look:
+        def extra_losses(self, trainer: Trainer, model_state: dict[str, Any]) -> None:
+            attributes = documented("What a hook may rely on, `trainer`", "and `model_state`")
+            assert len(attributes) > 10
+            seen["missing"] = {name for name in attributes if getattr(trainer, name, None) is None}
+            seen["state"] = set(model_state)
+
+        def on_step_end(self, trainer: Trainer) -> None:
+            trainer.extra_metrics["mine"] = torch.tensor(0.25)
+
+    trainer = train(config, Look())
+    assert seen == {"missing": set(), "state": set(documented("and `model_state`", "Failure has two kinds"))}
+    records = [record for record in read_metrics(trainer.run_dir / "metrics.jsonl") if record["event"] == "train"]
+    assert all(record["mine"] == 0.25 for record in records)
+
+
+def test_metrics_go_to_the_trackers_of_the_profile(config: Config) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config["training"]["trackers"] = ["tensorboard"]
+    trainer = train(config)
+    events = EventAccumulator(str(trainer.run_dir / "tensorboard"))
+    events.Reload()
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    recorded = {r["step"]: r["loss"] for r in read_metrics(trainer.run_dir / "metrics.jsonl") if r["event"] == "train"}
+    assert written == pytest.approx(recorded)
+    config["training"]["trackers"] = ["wandbb"]
+    with pytest.warns(AptWarning, match="using no tracker instead"):
+        train(config)
 
 
 def test_strict_refuses_a_fallback_that_else_is_loud(config: Config) -> None:

@@ -70,4 +70,4 @@ def how_to_install(requirement: str) -> str:
         installed = version(requirement.partition("[")[0])
     except PackageNotFoundError:
         return f'pip install "{requirement}"'
-    return f'the installed version, {installed}, does not bring it: pip install --upgrade "{requirement}"'
+    return f'pip install --upgrade "{requirement}", for the installed {installed} does not bring it'

@@ -163,8 +163,8 @@ class HardwareConfig(Section):
 class RunConfig(Section):
     """A whole profile."""
 
-    name: str = "run"
-    """The profile's name; the run's folder is called after it."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)] = "run"
+    """The profile's name, of letters, digits, `_`, `.` and `-`; the run's folder is called after it."""
     description: str = ""
     """One line for `apt profile list`."""
     plugins: tuple[str, ...] | None = None

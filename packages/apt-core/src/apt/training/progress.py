@@ -125,7 +125,7 @@ class Progress:
         self._close_bar()
         self._summary(trainer)
         self.console.print(f"Training is complete. The run lies in {trainer.run_dir}")
-        self.console.print(f'Next: apt generate {trainer.run_dir} --prompt "..."')
+        self.console.print(f'Next: apt generate {trainer.run_dir} --prompt "The"')
 
     def on_exception(self, error: BaseException, trainer: Any) -> None:
         self._close_bar()
