@@ -14,8 +14,9 @@ from apt.core.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
-BF16_MIN_WIDTH = 512
-"""On CPUs bf16 autocast pays from this d_model on: below it the casts cost more than the products save."""
+BF16_MIN_WIDTH = 256
+"""On CPUs bf16 autocast pays from this d_model on: below it the casts eat up what the products save
+(benchmarks/bf16.py)."""
 
 
 @dataclass(frozen=True, slots=True)

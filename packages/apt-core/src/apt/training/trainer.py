@@ -348,12 +348,13 @@ class Trainer:
 
     def _dry_run(self) -> None:
         """One batch forward and backward before step 1, so that what cannot work fails now. It leaves no trace: the
-        model is in evaluation mode, its gradients are dropped, the random state is put back."""
+        model is in evaluation mode, its gradients are dropped, the random state is put back. It runs uncompiled, for
+        the mode would have it compiled twice."""
         batch = next(iter(self.data.train.epoch(0))).to(self.device)
         with torch.random.fork_rng(enabled=True):
             self.model.eval()
             accumulate_gradients(
-                self._forward, batch.split(self.config.training.gradient_accumulation)[:1], self._autocast
+                self.model, batch.split(self.config.training.gradient_accumulation)[:1], self._autocast
             )
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
