@@ -41,7 +41,8 @@ def slot(
         return Slot(kind, requested or "absent", None, None, None, reason=f"{kind}:{requested} is not installed")
     claim = Registration(kind, name, cls, plugin="x", distribution=dist, distribution_version="2.3")
     reason = None if requested in (None, name) else f"{kind}:{requested} is not installed"
-    return Slot(kind, requested or name, name, cls({"r": 4}), claim, {"r": 4}, reason)
+    provider = cls({"r": 4})
+    return Slot(kind, requested or name, name, provider, claim, {"r": 4}, reason, provider.get_version())
 
 
 class Block(nn.Module):

@@ -41,7 +41,7 @@ def test_the_command_line_is_over_the_environment_and_that_over_the_profile() ->
     assert choose(environ={}) == Selection(None, (), "default")
     assert choose(profile=["p"], environ={}) == Selection(("p",), (), "the profile's plugins")
     assert choose(profile=["p"], environ=environ) == Selection(("a", "b", "c"), ("d",), "APT_PLUGINS")
-    assert choose(plugins=["x"], profile=["p"], environ=environ) == Selection(("x",), ("d",), "--plugins")
+    assert choose(plugins=["x"], profile=["p"], environ=environ) == Selection(("x",), (), "--plugins")
     assert choose(no_plugins=True, plugins=["x"], environ=environ).names == ()
     assert choose(no_plugin=["q"], environ=environ).excluded == ("q", "d")
     assert choose(profile=[], environ={}).names == ()
@@ -58,7 +58,7 @@ def test_what_is_not_selected_is_disabled_and_the_builtin_never_is() -> None:
         (Selection(()), ["ok", "disabled", "disabled"]),
         (Selection(("one",)), ["ok", "ok", "disabled"]),
         (Selection(None, ("moe",)), ["ok", "ok", "disabled"]),
-        (Selection(None, (BUILTIN,)), ["ok", "ok", "ok"]),
+        (Selection(None, ("routing",)), ["ok", "ok", "disabled"]),
         (Selection(("routing",)), ["ok", "disabled", "ok"]),
     ]:
         plugins = found()
@@ -78,6 +78,16 @@ def test_a_package_that_is_installed_and_brings_too_little_is_to_be_upgraded() -
     assert how_to_install("no-such-package[cuda]") == 'pip install "no-such-package[cuda]"'
     wanted = r'pip install --upgrade "pluggy", for the installed 1\.\S+ does not bring it'
     assert re.fullmatch(wanted, how_to_install("pluggy"))
+
+
+def test_cores_own_plugin_cannot_be_left_out() -> None:
+    for name in (BUILTIN, "voter"):
+        plugins = found()
+        with pytest.warns(AptWarning, match="cannot be left out"):
+            select(plugins, Selection(None, (name,)))
+        assert [entry.status for entry in plugins] == ["ok", "ok", "ok"]
+        with pytest.raises(PluginError):
+            select(found(), Selection(None, (name,)), strict=True)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -122,7 +124,7 @@ def test_an_observer_that_raises_is_isolated_and_switched_off_after_three(
     assert all(record.exc_info for record in caplog.records)
 
 
-def test_switching_off_waits_for_the_step_boundary() -> None:
+def test_an_effect_that_has_failed_is_not_called_again_not_even_in_its_step() -> None:
     class Broken:
         calls = 0
 
@@ -136,10 +138,12 @@ def test_switching_off_waits_for_the_step_boundary() -> None:
     with pytest.warns(AptWarning) as warned:
         for _ in range(2):  # two micro-batches of one step
             hooks.call("extra_losses", **arguments)
-    assert (broken.calls, len(warned)) == (2, 1)
+    assert (broken.calls, len(warned)) == (1, 1)
+    assert hooks.listening("extra_losses"), "it is taken out at the end of the step"
     hooks.settle()
+    assert not hooks.listening("extra_losses")
     hooks.call("extra_losses", **arguments)
-    assert broken.calls == 2
+    assert broken.calls == 1
     assert hooks.dropped == ["broken.extra_losses"]
 
 
@@ -190,10 +194,19 @@ def test_a_chain_passes_on_what_the_last_one_made() -> None:
             raise ValueError
 
     hooks = Hooks()
-    for plugin in (Add(), Nothing(), Broken(), Add()):
+
+    class Wrong:
+        def on_next_token(self) -> str:
+            return "forty"
+
+    def check(result: object) -> str | None:
+        return None if isinstance(result, int) else "no number"
+
+    for plugin in (Add(), Nothing(), Broken(), Wrong(), Add()):
         hooks.add(plugin)
-    with pytest.warns(AptWarning):
-        assert hooks.chain("on_next_token", "logits", 40, generator=None) == 42
+    with pytest.warns(AptWarning, match=r"Broken\.on_next_token failed") as warned:
+        assert hooks.chain("on_next_token", "logits", 40, check, generator=None) == 42
+    assert any("Wrong.on_next_token failed: TypeError: no number" in str(w.message) for w in warned)
 
 
 def test_a_failure_is_announced_and_an_announcer_that_fails_does_not_recurse() -> None:
@@ -211,6 +224,58 @@ def test_a_failure_is_announced_and_an_announcer_that_fails_does_not_recurse() -
     with pytest.warns(AptWarning):
         step_end(hooks)
     assert heard == ["broken.on_step_end"]
+
+
+def test_a_failure_under_stop_is_announced_before_it_is_raised_and_can_be_forgiven() -> None:
+    class Broken:
+        def extra_losses(self) -> None:
+            raise ValueError("no")
+
+        def on_plugin_failed(self, failure: Any) -> None:
+            heard.append(failure.where)
+
+    heard: list[str] = []
+    arguments = dict.fromkeys(("trainer", "batch", "logits", "targets", "model_state"))
+    hooks = Hooks("stop")
+    hooks.add(Broken(), "broken")
+    with pytest.raises(TrainingError):
+        hooks.call("extra_losses", **arguments)
+    assert heard == ["broken.extra_losses"]
+    hooks = Hooks("stop")
+    hooks.add(Broken(), "broken")
+    with hooks.forgiving(), pytest.warns(AptWarning):
+        hooks.call("extra_losses", **arguments)
+    assert hooks.on_plugin_error == "stop"
+
+
+def test_a_failure_that_is_kept_holds_no_tensors() -> None:
+    class Big: ...
+
+    class Broken:
+        def extra_losses(self, logits: Big) -> None:
+            raise ValueError
+
+    # A logger apart from the others: pytest keeps what they are told.
+    hooks, big = Hooks(logger=logging.Logger("apart")), Big()
+    hooks.add(Broken())
+    gone = weakref.ref(big)
+    arguments = dict.fromkeys(("trainer", "batch", "targets", "model_state"))
+    with pytest.warns(AptWarning):
+        hooks.call("extra_losses", logits=big, **arguments)
+    del big
+    gc.collect()
+    assert gone() is None
+    assert hooks.failures
+
+
+def test_an_object_is_registered_once() -> None:
+    hooks, seen = Hooks(), []
+    recorder = Recorder("x", seen)
+    hooks.add(recorder)
+    with pytest.raises(PluginError, match="registered already"):
+        hooks.add(recorder)
+    step_end(hooks, 1)
+    assert seen == [("x", 1)]
 
 
 def test_keyboard_interrupt_is_never_swallowed() -> None:
@@ -236,12 +301,22 @@ class UnknownArgument:
     def on_step_end(self, stp: int) -> None: ...
 
 
+class Anything:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None: ...
+
+
 class DefaultArgument:
     def on_step_end(self, step: int = 0) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("plugin", "words"), [(UnknownArgument(), "stp"), (DefaultArgument(), "default"), (wrapper(), "wrapper")]
+    ("plugin", "words"),
+    [
+        (UnknownArgument(), "stp"),
+        (DefaultArgument(), "default"),
+        (Anything(), "names no argument"),
+        (wrapper(), "wrapper"),
+    ],
 )
 def test_an_implementation_that_does_not_fit_is_refused_and_leaves_nothing_behind(plugin: object, words: str) -> None:
     hooks = Hooks()

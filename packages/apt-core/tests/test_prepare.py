@@ -35,7 +35,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepare(registry: Registry | None = None, **data: Any) -> tuple[Data, ProvidersInUse]:
     arguments: dict[str, Any] = {
-        "tokenizer": data.pop("tokenizer_in_use", None),
+        "tokenizer_path": data.pop("tokenizer_path", None),
         "progress": data.pop("progress", None),
     }
     shape = data.pop("shape", {"block": 8, "batch": 4})
@@ -170,13 +170,15 @@ def test_a_tokenizer_may_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert in_use.slots["tokenizer", "file"].config == {"path": tokenizer}
 
 
-def test_a_tokenizer_that_is_given_is_used_as_it_is_and_its_provider_recorded(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt")
-    given_one = CharTokenizer(TEXT + "xyz\u00fc")
-    data, in_use = prepare(train_path=path, tokenizer="char", tokenizer_in_use=given_one)
-    assert data.tokenizer is given_one and ("tokenizer", "char") in in_use.slots
+def test_a_tokenizer_that_was_saved_is_loaded_by_the_provider_of_the_profile(tmp_path: Path) -> None:
+    path, saved = write(tmp_path / "a.txt"), tmp_path / "saved.json"
+    CharTokenizer(TEXT + "xyz\u00fc").save(saved)
+    data, in_use = prepare(train_path=path, tokenizer="char", tokenizer_path=saved)
+    assert data.tokenizer.vocab_size == len(set(TEXT + "xyz\u00fc"))
+    assert ("tokenizer", "char") in in_use.slots
+    CharTokenizer("abc").save(saved)
     with pytest.raises(DataError, match=r"a\.txt: the character") as caught:
-        prepare(train_path=path, tokenizer="char", tokenizer_in_use=CharTokenizer("abc"))
+        prepare(train_path=path, tokenizer="char", tokenizer_path=saved)
     assert caught.value.hint
 
 
@@ -276,9 +278,9 @@ def test_what_was_tokenized_is_not_tokenized_again_unless_text_or_tokenizer_chan
     assert len(passes) == 1 and first.fingerprint != second.fingerprint
     assert prepare(train_path=path)[0].fingerprint == first.fingerprint
 
-    given_one = CharTokenizer(TEXT)
-    char, _ = prepare(train_path=path, tokenizer_in_use=given_one)
-    prepare(train_path=path, tokenizer_in_use=CharTokenizer(TEXT))
+    for saved in (tmp_path / "one.json", tmp_path / "two.json"):
+        CharTokenizer(TEXT).save(saved)
+        char, _ = prepare(train_path=path, tokenizer="char", tokenizer_path=saved)
     assert len(passes) == 2 and char.fingerprint != first.fingerprint
     write(tmp_path / "a.txt", TEXT.replace("beer", "milk"))
     changed, _ = prepare(train_path=path)

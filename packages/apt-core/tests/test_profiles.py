@@ -304,7 +304,8 @@ def test_a_config_resolves_to_itself() -> None:
 
 def test_what_is_kept_of_a_run_resolves_to_the_same(tmp_path: Path) -> None:
     for name, _ in list_profiles():
-        config = resolve(name, {"training.learning_rate": 3e-17, "name": "12:30"}).config
+        odd = {"training.learning_rate": 3e-17, "training.min_learning_rate": 0.0, "name": "1e3"}
+        config = resolve(name, odd).config
         text = dump_yaml(config.model_dump(mode="json"))
         (tmp_path / "profile.yaml").write_text(text)
         assert resolve(tmp_path / "profile.yaml").config == config

@@ -212,6 +212,54 @@ def test_a_misfit_of_the_users_does_not_fall_back(registry: Registry) -> None:
         ProvidersInUse(registry).use("attention", "other", make)
 
 
+def test_what_fails_at_a_later_layer_is_an_error_that_says_whose(registry: Registry) -> None:
+    in_use = ProvidersInUse(registry)
+    in_use.use("attention", "other", lambda p: p)
+    with pytest.raises(ProviderError, match="attention:other cannot be built: ZeroDivisionError"):
+        in_use.use("attention", "other", lambda p: 1 // 0)
+
+
+def test_a_provider_that_ends_the_process_or_lacks_a_config_or_version(registry: Registry) -> None:
+    class Ends(Plain):
+        def __init__(self, config: Any = None) -> None:
+            raise SystemExit(3)
+
+    class Bare(Plain):
+        def __init__(self, config: Any) -> None: ...
+
+    class Versionless(Plain):
+        def get_version(self) -> str:
+            raise OSError("no metadata")
+
+    for name, cls in {"ends": Ends, "bare": Bare, "versionless": Versionless}.items():
+        registry.register("attention", name, cls)
+    in_use = ProvidersInUse(registry, {"model": {"bare": {"r": 3}}})
+    assert type(in_use.use("attention", "bare", lambda p: p)) is Bare
+    assert in_use.slots["attention", "bare"].config == {"r": 3}
+    for name, why in (("ends", "SystemExit: 3"), ("versionless", "no metadata")):
+        with pytest.warns(FallbackWarning, match=why):
+            in_use.use("attention", name, lambda p: p)
+
+
+def test_a_provider_cannot_change_the_profile_it_is_given(registry: Registry) -> None:
+    class Greedy(Plain):
+        Config = None
+
+        def __init__(self, config: Any = None) -> None:
+            super().__init__(config)
+            self.config["list"].clear()
+
+    registry.register("attention", "greedy", Greedy)
+    section = {"list": [1, 2]}
+    ProvidersInUse(registry, {"model": {"greedy": section}}).use("attention", "greedy", lambda p: p)
+    assert section == {"list": [1, 2]}
+
+
+def test_a_config_that_is_no_plain_data_is_built_anew_each_time(registry: Registry) -> None:
+    registry.register("attention", "free", type("Free", (Plain,), {"Config": None}))
+    assert registry.get("attention", "free", {"f": print}) is not registry.get("attention", "free", {"f": print})
+
+
 def test_an_optional_slot_stays_empty_and_strict_refuses(registry: Registry) -> None:
     in_use = ProvidersInUse(registry)
     with pytest.warns(FallbackWarning, match="using no router instead"):

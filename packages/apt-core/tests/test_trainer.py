@@ -153,7 +153,7 @@ def test_every_event_fires_once_and_in_the_documented_order(config: Config) -> N
     recorder.on_step_start = lambda step, batch, trainer: recorder.events.append(f"step {step}")  # type: ignore[method-assign]
     train(config, recorder)
     step = ["losses", "losses", "before", "end"]
-    epoch = ["step 0", *step, "step 1", *step, "log train", "step 2", *step]
+    epoch = ["step 0", *step, "step 1", *step, "log train", "step 2", *step, "log train"]
     assert recorder.events == [
         "config", "model", "optimizer", "start",
         "epoch 0", *epoch, "eval", "log eval", "epoch end 0", "save",
@@ -189,12 +189,10 @@ def test_a_run_learns_and_leaves_what_it_should(config: Config) -> None:
     assert slots["attention"]["name"] == "tva_default"
     assert slots["attention"]["fallback"] is False
     assert any("w_in" in key for key in slots["attention"]["weights"])
-    assert train(run.profile.read_text() and str(run.profile)).run_dir.name == "small-2", (
-        "a run's profile runs as it is"
-    )
+    assert train(str(run.profile)).run_dir.name == "small-2", "a run's profile runs as it is"
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17])
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17, 18])
 def test_k_steps_and_the_rest_after_a_resume_are_the_whole_run_bit_for_bit(
     config: Config, step: int, tmp_path: Path
 ) -> None:
@@ -202,10 +200,7 @@ def test_k_steps_and_the_rest_after_a_resume_are_the_whole_run_bit_for_bit(
     config["training"]["batch_size"] = 4 if step == 5 else 8
     whole = train(config)
     run = interrupted_run(config, step)
-    recorder = EventRecorder()
-    recorder.on_step_start = lambda: None  # type: ignore[assignment, method-assign]
-    resumed = train(str(run.profile), resume=run)
-    assert resumed.run_dir == run.path
+    assert train(str(run.profile), resume=run).run_dir == run.path
     assert_same(last_weights(whole.run_dir), last_weights(run.path))
 
     def facts(folder: Path) -> list[tuple[Any, ...]]:
@@ -592,3 +587,192 @@ def test_a_wrong_profile_is_refused_at_once(config: Config) -> None:
         warnings.simplefilter("error")
         config["model"]["d_model"] = 16
         Trainer(config)
+
+
+def resumed(run: RunFolder, *hooks: object, **overrides: Any) -> Trainer:
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return train(str(run.profile), *hooks, resume=run, overrides=dotted)
+
+
+@pytest.mark.parametrize("change", [{"training__batch_size": 16}, {"training__seed": 7}])
+def test_a_text_that_is_dealt_out_otherwise_goes_on_at_the_same_share_of_the_epoch(
+    config: Config, change: dict[str, Any]
+) -> None:
+    run = interrupted_run(config, 5)
+    with pytest.warns(AptWarning, match="dealt out in another way"):
+        trainer = resumed(run, **change)
+    assert trainer.epoch == 3 or trainer.step == trainer.total_steps
+
+
+def test_a_shorter_text_does_not_hold_a_resumed_run_up(config: Config) -> None:
+    run = interrupted_run(config, 5)
+    path = Path(config["data"]["train_path"])
+    path.write_text(path.read_text()[:450])
+    with pytest.warns(AptWarning, match="not the one this run began with"):
+        trainer = resumed(run)
+    assert trainer.epoch == 3 or trainer.step == trainer.total_steps
+
+
+def test_what_the_profile_says_of_the_optimizer_counts_after_a_resume(config: Config) -> None:
+    run = interrupted_run(config, 5)
+    trainer = resumed(run, training__weight_decay=0.0, training__beta2=0.5)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0}
+    assert {tuple(group["betas"]) for group in trainer.optimizer.param_groups} == {(0.9, 0.5)}
+
+
+def test_a_step_that_failed_is_done_again_as_it_would_have_been(config: Config) -> None:
+    whole = train(config)
+
+    class Fails:
+        def on_before_optimizer_step(self, trainer: Trainer) -> None:
+            if trainer.step == 8:
+                raise ValueError("once")
+
+    trainer = Trainer(config, strict=True, quiet=True)
+    trainer.register_hook(Fails())
+    with pytest.raises(TrainingError, match="once"):
+        trainer.train()
+    run = RunFolder(trainer.run_dir)
+    assert max(run.checkpoints.iterdir()).name == "step-00000008"
+    resumed(run)
+    assert_same(last_weights(whole.run_dir), last_weights(run.path))
+
+
+def test_a_state_that_cannot_be_saved_does_not_keep_a_strict_run_from_being_saved(config: Config) -> None:
+    class Broken:
+        def on_checkpoint_save(self) -> None:
+            raise ValueError("no state")
+
+        def on_exception(self) -> None:
+            raise ValueError("and not even this")
+
+    trainer = Trainer(config, strict=True, quiet=True)
+    trainer.register_hook(Broken())
+    with pytest.raises(TrainingError, match="no state"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", AptWarning)
+        trainer.train()
+    assert [path.name for path in (trainer.run_dir / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_what_observers_do_to_metrics_does_not_touch_the_run(config: Config) -> None:
+    class Slips:
+        def on_step_end(self, step: int, trainer: Trainer) -> None:
+            trainer.extra_metrics |= {"vector": torch.zeros(2), "set": {1}, "step": 7.0, "fine": step}
+
+        def on_evaluation_end(self, metrics: dict[str, float], trainer: Trainer) -> None:
+            trainer.extra_metrics["bleu"] = 0.5
+            metrics.pop("val_loss")
+
+    with pytest.warns(AptWarning, match="'vector' is passed over"):
+        trainer = train(config, Slips())
+    records = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
+    losses = [record for record in records if record["event"] == "train"]
+    assert [record["step"] for record in losses] == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    assert all(record["extra.step"] == 7.0 and record["fine"] == record["step"] for record in losses)
+    assert all(record["val_loss"] > 0 for record in records if record["event"] == "eval")
+    assert any(record.get("bleu") == 0.5 for record in records if record["event"] == "eval")
+
+
+def test_a_loss_with_a_name_of_the_records_own_replaces_nothing(config: Config) -> None:
+    class Named:
+        def extra_losses(self, logits: Tensor) -> dict[str, Tensor]:
+            return {"loss": 7.0 + 0.0 * logits.sum()}
+
+    records = list(read_metrics(train(config, Named()).run_dir / "metrics.jsonl"))
+    first = next(record for record in records if record["event"] == "train")
+    assert first["extra.loss"] == pytest.approx(7.0)
+    assert first["loss"] > 7.0
+
+
+def test_a_trainer_trains_once(config: Config) -> None:
+    trainer = train(config)
+    before = last_weights(trainer.run_dir)
+    with pytest.raises(TrainingError, match="has trained already"):
+        trainer.train()
+    assert_same(before, last_weights(trainer.run_dir))
+
+
+def test_what_cannot_train_leaves_no_folder(config: Config, tmp_path: Path) -> None:
+    class Wrong(DefaultFFN):
+        def create_layer(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+            layer = super().create_layer(*args, **kwargs)
+            layer.register_forward_hook(lambda *_: torch.zeros(3))
+            return layer
+
+    registry.register("ffn", "wrong_shape", Wrong)
+    config["model"]["ffn_name"] = "wrong_shape"
+    with pytest.raises(TrainingError, match="the first batch fails with RuntimeError"):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_on_resume_leaves_the_profile_whole(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = interrupted_run(config, 5)
+    before = run.profile.read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name.startswith("profile"):
+            raise OSError(28, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr("apt.checkpoint.durable.write", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        resumed(run)
+    assert run.profile.read_bytes() == before
+
+
+def test_a_hook_that_samples_from_the_run_does_not_change_it(config: Config) -> None:
+    from apt.inference.generator import Generator
+
+    texts: list[str] = []
+
+    class Sample:
+        def on_epoch_start(self, epoch: int, trainer: Trainer) -> None:
+            if epoch:
+                generator = Generator.from_run(RunFolder(trainer.run_dir))
+                texts.append("".join(generator.stream("1", max_new_tokens=5, seed=0)))
+
+    whole = train(config)
+    assert_same(last_weights(whole.run_dir), last_weights(train(config, Sample()).run_dir))
+    assert len(texts) == 2
+
+
+def test_a_model_that_a_plugin_has_changed_is_opened_as_it_was_trained(config: Config) -> None:
+    from apt.evaluation.evaluate import evaluate_run
+
+    class Adds(DefaultFFN):
+        def get_name(self) -> str:
+            return "adds"
+
+        def on_model_built(self, model: torch.nn.Module) -> None:
+            model.add_module("added", torch.nn.Linear(2, 2))
+
+    registry.register("ffn", "adds", Adds)
+    config["model"]["ffn_name"] = "adds"
+    run = RunFolder(train(config).run_dir)
+    assert evaluate_run(run, strict=True)["val_loss"] > 0
+
+
+def test_a_third_partys_tokenizer_is_loaded_by_its_own_provider(config: Config) -> None:
+    from apt.data.tokenizers import ByteTokenizer, ByteTokenizerProvider
+    from apt.evaluation.evaluate import evaluate_run
+
+    class Mine(ByteTokenizer):
+        def save(self, path: Path) -> None:
+            path.write_text("mine alone")
+
+    class MyTokenizer(ByteTokenizerProvider):
+        name = "mine"
+
+        def build(self, pieces: Any) -> Any:
+            return Mine()
+
+        def load(self, path: Path) -> Any:
+            assert path.read_text() == "mine alone"
+            return Mine()
+
+    registry.register("tokenizer", "mine", MyTokenizer)
+    config["data"]["tokenizer"] = "mine"
+    run = interrupted_run(config, 5)
+    assert resumed(run).step == 18
+    assert evaluate_run(run)["val_loss"] > 0

@@ -20,10 +20,10 @@ has; arguments are only ever added. This is the run, as pseudocode:
             on_before_optimizer_step(optimizer, trainer)      # gradients are complete, not yet clipped
             optimizer.step()
             on_step_end(step, loss, trainer)
-            on_log(record)                                    # every training.log_every steps
+            on_log(record)                                    # every training.log_every steps, and the epoch's last
             on_evaluation_end(metrics, trainer); on_log(record)     # every training.eval_every steps
             on_checkpoint_save(trainer)                       # every checkpoint.every steps, and when it is the best
-        on_evaluation_end(metrics, trainer); on_log(record)   # unless it has just been evaluated
+        on_evaluation_end(metrics, trainer); on_log(record)
         on_epoch_end(epoch, trainer)
         on_checkpoint_save(trainer)
     on_training_end(trainer)
@@ -133,12 +133,16 @@ def apt_register_options(command: str, options: Any) -> None:
 
 @observer
 def on_config_resolved(config: Any) -> None:
-    """The profile is complete: `config` is a frozen `apt.core.config.RunConfig`."""
+    """The profile is complete: `config` is a frozen `apt.core.config.RunConfig`. Providers are not built yet, and do
+    not hear this."""
 
 
 @hookspec
 def on_model_built(model: nn.Module, trainer: Any) -> None:
-    """The model is on its device, its weights initial. Change it in place; the optimizer is built next."""
+    """The model is on its device, its weights initial. Change it in place; the optimizer is built next.
+
+    Called too where a run is opened to generate or evaluate, so that the model is the one that was trained: there
+    `trainer` is None, and the weights are loaded next."""
 
 
 @hookspec
@@ -172,6 +176,7 @@ def extra_losses(
     on the scale of a mean per token.
 
     Args:
+        batch: the micro-batch.
         logits: [B, T, V], with their graph.
         targets: int64 [B, T]; -100 where there is no target.
         model_state: the table above.

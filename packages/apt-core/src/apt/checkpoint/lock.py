@@ -119,7 +119,7 @@ def _record(slot: Slot, weights: dict[str, list[int]]) -> dict[str, Any]:
         "kind": slot.kind,
         "requested": slot.requested,
         "name": slot.name,
-        "version": slot.provider.get_version() if slot.provider else None,
+        "version": slot.version,
         "distribution": claim.distribution if claim else None,
         "distribution_version": claim.distribution_version if claim else None,
         "config": slot.config,

@@ -114,7 +114,7 @@ class TrainingConfig(OpenSection):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of AdamW."""
     min_learning_rate: Annotated[float, Field(ge=0)] | None = None
-    """Where the cosine ends; a tenth of the peak if left out."""
+    """Where the schedule ends, at most the peak; a tenth of it if left out."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: NonNegativeInt = 0
@@ -138,6 +138,14 @@ class TrainingConfig(OpenSection):
     trackers: tuple[str, ...] = ()
     """Tracker providers to send the metrics to, beside the run's own metrics.jsonl."""
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> TrainingConfig:
+        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -114,7 +114,9 @@ def choose(
         names, source = tuple(profile), "the profile's plugins"
     else:
         names, source = None, "default"
-    return Selection(names, (*no_plugin, *_split(environ.get("APT_DISABLE_PLUGINS", ""))), source)
+    # Whom the command line names is not left out by the environment.
+    disabled = () if plugins is not None else _split(environ.get("APT_DISABLE_PLUGINS", ""))
+    return Selection(names, (*no_plugin, *disabled), source)
 
 
 def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -> None:
@@ -145,10 +147,16 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
         fix = how_to_install(PLUGINS[name])
         warnings.warn(f"{message}; going on without it (to get it: {fix})", AptWarning, stacklevel=3)
     wanted = None if selection.names is None else {ENTRY_POINTS.get(name, name) for name in selection.names}
+    excluded = {ENTRY_POINTS.get(name, name) for name in selection.excluded}
+    if BUILTIN in excluded:
+        message = f"plugin {BUILTIN!r} is apt-core's own and cannot be left out"
+        if strict:
+            raise PluginError(message)
+        warnings.warn(message, AptWarning, stacklevel=3)
     for plugin in found:
         if plugin.name == BUILTIN or plugin.status != "ok":
             continue
-        if plugin.name in selection.excluded:
+        if plugin.name in excluded:
             plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS")
         elif wanted is not None and plugin.name not in wanted:
             plugin.refuse("disabled", f"not among {selection.source}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pluggy
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MAX_OBSERVER_FAILURES = 3
 
 OnPluginError = Literal["drop", "stop"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ class Hooks:
         Raises:
             PluginError: an implementation does not fit its hook.
         """
+        if self.manager.is_registered(plugin):
+            raise PluginError(f"{type(plugin).__name__} is registered already", hint="register each object once")
         name = self._free_name(name or getattr(plugin, "__name__", None) or type(plugin).__name__)
         try:
             self.manager.register(plugin, name)
@@ -132,11 +137,15 @@ class Hooks:
     def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
         """Call every implementation of `hook`; returns (plugin, result) for each result that is not None.
 
+        An effect that has failed is not called again, not even in what is left of the step.
+
         Raises:
             TrainingError: an effect failed under "stop".
         """
         results: list[tuple[str, Any]] = []
         for call in self._calls.get(hook, ()):
+            if call.effect and call.failures:
+                continue
             try:
                 result = call.function(*[arguments[name] for name in call.arguments])
             except (Exception, SystemExit) as error:
@@ -155,17 +164,35 @@ class Hooks:
                 except (Exception, SystemExit) as error:
                     self._caught(call, hook, error)
 
-    def chain(self, hook: str, argument: str, value: Any, **arguments: Any) -> Any:
-        """Pass `value` through every implementation of `hook`; one that returns None leaves it as it is."""
+    def chain(self, hook: str, argument: str, value: T, check: Callable[[Any], str | None], **arguments: Any) -> T:
+        """Pass `value` through every implementation of `hook`; one that returns None leaves it as it is.
+
+        Args:
+            argument: the hook's argument that `value` is.
+            check: says what is wrong with a result, None if nothing is; a wrong one counts as a failure.
+        """
         for call in self._calls.get(hook, ()):
+            if call.failures:
+                continue
             known = {**arguments, argument: value}
             try:
                 result = call.function(*[known[name] for name in call.arguments])
+                if result is not None and (wrong := check(result)):
+                    raise TypeError(wrong)
             except (Exception, SystemExit) as error:
                 self._caught(call, hook, error)
             else:
                 value = value if result is None else result
         return value
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """Inside this block a failed effect stops nothing: the run is ending, and is to be saved."""
+        before, self.on_plugin_error = self.on_plugin_error, "drop"
+        try:
+            yield
+        finally:
+            self.on_plugin_error = before
 
     def listening(self, hook: str) -> bool:
         """Whether anyone implements `hook`."""
@@ -198,22 +225,23 @@ class Hooks:
     def _caught(self, call: _Call, hook: str, error: BaseException) -> None:
         call.failures += 1
         key = (call.plugin, hook)
-        if key in self._to_switch_off:
-            return  # Said already; it is switched off at the end of the step.
         stop = call.effect and self.on_plugin_error == "stop"
         switched_off = not stop and (call.effect or call.failures >= MAX_OBSERVER_FAILURES)
         failure = Failure(call.plugin, hook, error, call.effect, switched_off)
         self.failures.append(failure)
         self._log(failure)
+        if switched_off:
+            self._to_switch_off.add(key)
+        if not stop:
+            warnings.warn(str(failure), AptWarning, stacklevel=3)
+            # A traceback holds the frames, and they the step's tensors. The log has it.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+        if hook != "on_plugin_failed":
+            self.call("on_plugin_failed", failure=failure)
         if stop:
             raise TrainingError(
                 f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to train without it"
             ) from error
-        if switched_off:
-            self._to_switch_off.add(key)
-        warnings.warn(str(failure), AptWarning, stacklevel=3)
-        if hook != "on_plugin_failed":
-            self.call("on_plugin_failed", failure=failure)
 
     def _log(self, failure: Failure) -> None:
         from apt.core.logging import get_logger  # not at the top: listing plugins needs none, and it costs a few ms
@@ -256,6 +284,9 @@ def _check_implementation(name: str, caller: Any, plugin: object) -> None:
         if impl.kwargnames:
             wrong = ", ".join(impl.kwargnames)
             raise PluginError(f"{caller.name} gives {wrong} a default, which would hide the value it is called with")
+        kinds = {parameter.kind for parameter in inspect.signature(impl.function).parameters.values()}
+        if not impl.argnames and kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            raise PluginError(f"{caller.name} names no argument, and gets those alone that it names")
 
 
 def _check_unknown(name: str, plugin: object) -> None:

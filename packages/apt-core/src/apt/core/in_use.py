@@ -28,6 +28,8 @@ class Slot:
     """The provider's section, defaults filled in."""
     reason: str | None = None
     """Why `name` is not `requested`; None where it is."""
+    version: str | None = None
+    """What the provider says of itself."""
 
     @property
     def is_fallback(self) -> bool:
@@ -75,7 +77,7 @@ class ProvidersInUse:
         """
         known = self.slots.get((kind, name))
         if known is not None:
-            return make(known.provider) if known.provider is not None else None
+            return None if known.provider is None else _made(f"{kind}:{known.name}", make, known.provider)
         try:
             slot, part = self._fill(kind, name, name, make)
         except ProviderError as error:
@@ -104,12 +106,19 @@ class ProvidersInUse:
         # `enabled` is read by core, and a provider need not know it.
         section = {key: value for key, value in section.items() if key != "enabled"}
         provider = self.registry.get(kind, name, section, fallback=False)
-        config = provider.config
-        plain = config.model_dump(mode="json") if hasattr(config, "model_dump") else dict(config or {})
-        slot = Slot(kind, requested, name, provider, claim, plain)
-        try:
-            return slot, make(provider)
-        except (ProviderError, ConfigError):
-            raise
-        except Exception as error:
-            raise ProviderError(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
+        config = getattr(provider, "config", None)  # one that is written without regard to the base class has none
+        dump = getattr(config, "model_dump", None)
+        plain = dump(mode="json") if dump is not None else dict(config or section)
+        version = _made(claim.slot, lambda made: str(made.get_version()), provider)
+        slot = Slot(kind, requested, name, provider, claim, plain, version=version)
+        return slot, _made(claim.slot, make, provider)
+
+
+def _made(slot: str, make: Callable[[Any], T], provider: Any) -> T:
+    """What `make` makes of a provider; whatever else goes wrong is a ProviderError that says whose."""
+    try:
+        return make(provider)
+    except (ProviderError, ConfigError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ProviderError(f"{slot} cannot be built: {type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ built: so what is installed can be listed without importing any of it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from abc import ABC, abstractmethod
@@ -197,9 +198,9 @@ class Registry:
         claims = self._claims.get((kind, name), [])
         if len(claims) > 1:
             owners = " and ".join(f"plugin {c.plugin!r} ({c.distribution or 'no distribution'})" for c in claims)
-            raise ConflictError(
-                f"{kind}:{name} is claimed by {owners}", hint=f"leave one of them out: --no-plugin {claims[-1].plugin}"
-            )
+            last = claims[-1].plugin
+            fix = "register it under another name" if last == "script" else f"leave one of them out: --no-plugin {last}"
+            raise ConflictError(f"{kind}:{name} is claimed by {owners}", hint=fix)
         if not claims:
             raise ProviderNotFoundError(f"{kind}:{name} is not installed", hint=self._how_to_get(kind, name))
         return claims[0]
@@ -313,18 +314,22 @@ class Registry:
         self._claims[key] = [*others, claim]
 
     def _build(self, claim: Registration, config: Any) -> Any:
-        key = (claim.kind, claim.name, _fingerprint(config))
-        if key not in self._instances:
-            cls = claim.load()
-            try:
-                self._instances[key] = cls(config if config is not None else {})
-            except (ProviderError, ConfigError):
-                raise
-            except Exception as error:
-                # A config that does not fit is the user's slip, in whichever library's words it is told.
-                kind = ConfigError if type(error).__name__ == "ValidationError" else ProviderError
-                raise kind(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
-        return self._instances[key]
+        fingerprint = _fingerprint(config)
+        key = (claim.kind, claim.name, fingerprint or "")
+        if fingerprint is not None and key in self._instances:
+            return self._instances[key]
+        cls = claim.load()
+        try:
+            instance = cls(copy.deepcopy(config) if config is not None else {})
+        except (ProviderError, ConfigError):
+            raise
+        except (Exception, SystemExit) as error:
+            # A config that does not fit is the user's slip, in whichever library's words it is told.
+            kind = ConfigError if type(error).__name__ == "ValidationError" else ProviderError
+            raise kind(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
+        if fingerprint is not None:
+            self._instances[key] = instance
+        return instance
 
     def _ensure_loaded(self) -> None:
         if self._load is not None:
@@ -347,8 +352,8 @@ def fallback_message(error: ProviderError, stand_in: str) -> str:
     return f"{error.message}; using {stand_in} instead" + (f" (to get it: {error.hint})" if error.hint else "")
 
 
-def _fingerprint(config: Any) -> str:
-    """A key that is equal for equal configs."""
+def _fingerprint(config: Any) -> str | None:
+    """A key that is equal for equal configs; None for one that holds more than plain data, which is never kept."""
     if hasattr(config, "model_dump"):
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping):
@@ -358,7 +363,7 @@ def _fingerprint(config: Any) -> str:
     try:
         return json.dumps(config or {}, sort_keys=True)
     except (TypeError, ValueError):
-        return f"id:{id(config)}"
+        return None
 
 
 def _dependencies(cls: type[Any]) -> list[str]:

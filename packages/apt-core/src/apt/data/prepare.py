@@ -47,7 +47,7 @@ def prepare_data(
     config: RunConfig,
     in_use: ProvidersInUse,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer_path: Path | None = None,
     progress: Progress | None = None,
 ) -> Data:
     """Read, tokenize and split the text that a profile names; tokens that are cached are not made again.
@@ -58,7 +58,7 @@ def prepare_data(
     Args:
         in_use: where the dataset and the tokenizer come from. The settings of `data` itself become their sections;
             sections that the profile spells out win.
-        tokenizer: used as it is, in place of what the provider in use would build (a resumed run keeps its own).
+        tokenizer_path: load the tokenizer from here instead of building it: a run keeps its own.
         progress: told at most some twenty times a second how far each stage is.
 
     Raises:
@@ -69,8 +69,10 @@ def prepare_data(
     _hand_down(config.data, in_use)
     texts = _texts(config.data, in_use, progress)
     fingerprints = [text.fingerprint() for text in texts]
-    builder: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
-    if tokenizer is None:
+    if tokenizer_path is not None:
+        tokenizer = load_saved_tokenizer(config, in_use, tokenizer_path)
+    else:
+        builder: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
         tokenizer = builder.build(lambda: chain.from_iterable(text.pieces("building the tokenizer") for text in texts))
 
     cache_root = config.data.cache_dir
@@ -92,6 +94,18 @@ def prepare_data(
         )
     split = config.data.val_fraction if len(texts) == 1 else None
     return Data(tokenizer, train, val, _digest(*(key.hex() for key in keys), split).hex())
+
+
+def load_saved_tokenizer(config: RunConfig, in_use: ProvidersInUse, path: Path) -> Tokenizer:
+    """The tokenizer that a run has saved, loaded by the provider that its profile names.
+
+    Raises:
+        ProviderError: the provider cannot be had.
+        DataError: the file cannot be read, or holds no tokenizer.
+    """
+    _hand_down(config.data, in_use)
+    provider: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
+    return provider.load(path)
 
 
 def _hand_down(data: DataConfig, in_use: ProvidersInUse) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt.core.runs import RunFolder
-from apt.data.loader import TokenLoader
+from apt.data.loader import NO_TARGET, TokenLoader
 from apt.data.prepare import prepare_data
 from apt.inference.loading import load_run
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside this block the model evaluates: no dropout. Afterwards each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -31,20 +45,17 @@ def evaluate(
     Returns:
         "val_loss" (mean nats per token), "perplexity" (its exponential) and "val_tokens" (how many were predicted).
     """
-    training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
-    try:
+    total, tokens = 0.0, 0
+    with evaluation_mode(model):
         for batch in loader.eval_batches(batch_size, limit=batches):
+            tokens += int((batch.targets != NO_TARGET).sum())
             batch = batch.to(device)
             logits_BTV = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids).logits
-            losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
-            total += losses.double()
-            tokens += int((batch.targets != -100).sum())
-    finally:
-        model.train(training)
-    loss = total.item() / tokens
+            losses = F.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
+            )
+            total += losses.item()  # a float has 64 bits on every device
+    loss = total / tokens
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "val_tokens": float(tokens)}
 
 
@@ -69,6 +80,6 @@ def evaluate_run(
         CheckpointError, DataError, ConfigError: the run, or the text it was trained on, cannot be read.
     """
     loaded = load_run(run, device=device, checkpoint=checkpoint, **plugins)
-    data = prepare_data(loaded.config, loaded.in_use, tokenizer=loaded.tokenizer)
+    data = prepare_data(loaded.config, loaded.in_use, tokenizer_path=run.tokenizer)
     metrics = evaluate(loaded.model, data.val, loaded.config.training.batch_size, loaded.device, batches)
     return {"step": float(loaded.step), **metrics}

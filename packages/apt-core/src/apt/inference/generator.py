@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt.core.errors import ConfigError
-from apt.core.hooks import Hooks, has_hooks
 from apt.core.runs import RunFolder
 from apt.inference.loading import LoadedRun, load_run
 from apt.inference.sampling import Sampling, sample
@@ -27,12 +27,7 @@ class Generator:
     def __init__(self, loaded: LoadedRun) -> None:
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
         self.tokens: Tensor = torch.empty(1, 0, dtype=torch.int64, device=self.device)
-        self.hooks = Hooks(loaded.config.on_plugin_error)
-        for plugin in loaded.plugins.loaded:
-            self.hooks.add(plugin.module, plugin.name)
-        for (kind, name), provider in loaded.in_use.providers.items():
-            if has_hooks(provider):
-                self.hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+        self.hooks = loaded.hooks
 
     @classmethod
     def from_run(cls, run: RunFolder, **options: Any) -> Generator:
@@ -62,7 +57,7 @@ class Generator:
             DataError: the prompt holds characters that the tokenizer does not know.
         """
         sampling = Sampling(temperature, top_k, top_p)
-        prompt = self.hooks.chain("on_generation_start", "prompt", prompt, generator=self)
+        prompt = self.hooks.chain("on_generation_start", "prompt", prompt, _wrong_prompt, generator=self)
         decode = _IncrementalDecoder(self.tokenizer.decode)
         for token in self.generate_ids(self._encode(prompt), max_new_tokens, sampling, seed):
             if piece := decode.push(token):
@@ -87,7 +82,8 @@ class Generator:
                 logits_BV = self.model(self.tokens[:, -limit:], last_only=True).logits[:, -1]
             else:
                 logits_BV = self.model(self.tokens[:, cache.length :], cache=cache, last_only=True).logits[:, -1]
-            logits_BV = self.hooks.chain("on_next_token", "logits", logits_BV, generator=self)
+            wrong = partial(_wrong_logits, like=logits_BV)
+            logits_BV = self.hooks.chain("on_next_token", "logits", logits_BV, wrong, generator=self)
             self.hooks.settle()
             token = sample(logits_BV, sampling, generator)
             if token.item() == self.tokenizer.eos_id:
@@ -104,6 +100,16 @@ class Generator:
                 "there is nothing to continue: this run's tokenizer has no token to start from", hint="give a --prompt"
             )
         return ids
+
+
+def _wrong_prompt(result: object) -> str | None:
+    return None if isinstance(result, str) else f"it must return a string or None, not {type(result).__name__}"
+
+
+def _wrong_logits(result: object, like: Tensor) -> str | None:
+    if not isinstance(result, Tensor) or result.shape != like.shape:
+        return f"it must return logits of shape {list(like.shape)} or None"
+    return "it returned logits that are NaN" if bool(result.isnan().any()) else None
 
 
 class _IncrementalDecoder:

@@ -11,14 +11,15 @@ from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
-from apt.core.discovery import Plugins, choose, discover
+from apt.core.discovery import choose, discover
 from apt.core.errors import CheckpointError
+from apt.core.hooks import Hooks, has_hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
 from apt.core.registry import registry as global_registry
 from apt.core.runs import RunFolder
-from apt.data.tokenizers import load_tokenizer
+from apt.data.prepare import load_saved_tokenizer
 from apt.modeling.backbones.gpt import GPT
 from apt.modeling.compose import ModelBuilder
 
@@ -31,7 +32,7 @@ class LoadedRun:
     model: GPT
     tokenizer: Tokenizer
     device: torch.device
-    plugins: Plugins
+    hooks: Hooks
     in_use: ProvidersInUse
     step: int
     """The optimizer steps that the checkpoint's weights have behind them."""
@@ -65,20 +66,38 @@ def load_run(
     registry.merge(global_registry, plugin="script")
     sections = {"model": config.model.sections, "data": config.data.sections, "training": config.training.sections}
     in_use = ProvidersInUse(registry, sections, strict=strict)
-    tokenizer = load_tokenizer(run.tokenizer)
-    model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+    tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
+    # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.
+    with torch.random.fork_rng(devices=[]):
+        model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     check_lock(read_lock(run.lock), in_use.slots.values(), MODEL_KINDS)
+    hooks = Hooks("stop" if strict else config.on_plugin_error)
+    for plugin in found.loaded:
+        hooks.add(plugin.module, plugin.name)
+    for (kind, name), provider in in_use.providers.items():
+        if has_hooks(provider):
+            hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+    hooks.call("on_model_built", model=model, trainer=None)
     store = CheckpointStore(run.checkpoints)
     step, weights = store.load_weights(_step(store, checkpoint))
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint of step {step} does not fit the model of {run.path}: {text}",
+            hint="use the plugins and versions that the run was trained with: see its plugins.lock.json",
+        ) from error
     target = pick_device(device)
-    return LoadedRun(config, model.to(target).eval(), tokenizer, target, found, in_use, step)
+    return LoadedRun(config, model.to(target).eval(), tokenizer, target, hooks, in_use, step)
 
 
 def _step(store: CheckpointStore, checkpoint: str | int | None) -> int | None:
     """The step that "last", "best" or a number means; None for the newest that is whole."""
     if checkpoint == "best":
-        return store.best()
+        if (best := store.best()) is None:
+            raise CheckpointError("no checkpoint of this run has a validation loss", hint="use last, or a step")
+        return best
     if checkpoint in (None, "last"):
         return None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from apt.core.config import RunConfig
-from apt.core.errors import ConfigError
+from apt.core.errors import ConfigError, ProviderError
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.registry import Registry
@@ -55,7 +56,7 @@ class ModelBuilder:
         }
 
         def make(provider: Any) -> nn.Module:
-            return cast(nn.Module, provider.create_layer(d_model, num_heads, **accepted(provider.create_layer, known)))
+            return checked(provider.create_layer(d_model, num_heads, **accepted(provider.create_layer, known)), d_model)
 
         return cast(nn.Module, self.in_use.use("attention", model.attention_name, make))
 
@@ -65,7 +66,7 @@ class ModelBuilder:
         known = {"dropout": model.dropout, "num_layers": model.num_layers}
 
         def make(provider: Any) -> nn.Module:
-            return cast(nn.Module, provider.create_layer(d_model, d_ff, **accepted(provider.create_layer, known)))
+            return checked(provider.create_layer(d_model, d_ff, **accepted(provider.create_layer, known)), d_model)
 
         return cast(nn.Module, self.in_use.use("ffn", model.ffn_name, make))
 
@@ -76,7 +77,11 @@ class ModelBuilder:
         ffn = self.build_ffn(d_model, d_ff)
         section = model.sections.get("moe", {})
         if section.get("enabled", False):
-            wrapped = self.in_use.use("router", model.router_name, lambda p: p.wrap_ffn(ffn, section), optional=True)
+
+            def wrap(provider: Any) -> nn.Module:
+                return checked(provider.wrap_ffn(ffn, copy.deepcopy(section)), None)
+
+            wrapped = self.in_use.use("router", model.router_name, wrap, optional=True)
             ffn = ffn if wrapped is None else wrapped
         return TransformerBlock(attention, ffn, norm=model.norm, dropout=model.dropout)
 
@@ -107,6 +112,15 @@ class ModelBuilder:
             for kind, name in self.in_use.providers
             if kind in places
         }
+
+
+def checked(layer: Any, d_model: int | None) -> nn.Module:
+    """`layer`, if it is a module that says it has this width (None: any). Raises ProviderError if not."""
+    if not isinstance(layer, nn.Module):
+        raise ProviderError(f"the provider built {type(layer).__name__}, which is no torch.nn.Module")
+    if d_model is not None and getattr(layer, "d_model", None) != d_model:
+        raise ProviderError(f"{type(layer).__name__} was built for d_model {d_model} and has no such attribute")
+    return layer
 
 
 def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

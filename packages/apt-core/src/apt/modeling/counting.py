@@ -10,6 +10,14 @@ def num_params(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
+class Part(nn.Module):
+    """A module that says how large it is."""
+
+    def num_params(self) -> int:
+        """How many parameters it has; a shared one counts once."""
+        return num_params(self)
+
+
 def flops_per_token(part: nn.Module, length: int) -> int:
     """Forward FLOPs per token at a context of `length` tokens: what the part itself says, else two per weight of its
     matrices (Kaplan et al., 2020, section 2.1)."""
@@ -19,4 +27,4 @@ def flops_per_token(part: nn.Module, length: int) -> int:
     return 2 * sum(parameter.numel() for parameter in part.parameters() if parameter.dim() >= 2)
 
 
-__all__ = ["flops_per_token", "num_params"]
+__all__ = ["Part", "flops_per_token", "num_params"]

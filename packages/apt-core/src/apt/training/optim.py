@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0: a linear warm-up, then the profile's `lr_schedule`.
 
-    The last step has the smallest rate. A pure function, so that a resumed run needs no state for it.
+    A schedule that falls reaches its floor at the last step. A pure function: a resumed run needs no state for it.
     """
     peak = config.learning_rate
     floor = config.min_learning_rate if config.min_learning_rate is not None else peak / 10

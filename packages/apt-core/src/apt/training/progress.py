@@ -92,7 +92,7 @@ class Progress:
 
     def on_epoch_start(self, epoch: int, trainer: Any) -> None:
         self._epoch, self._epoch_started, self._line_shown = epoch, time.monotonic(), time.monotonic()
-        self._speed = []
+        self._speed, self._loss = [], None
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=self._title())
 
@@ -133,9 +133,12 @@ class Progress:
 
     def _summary(self, trainer: Any) -> None:
         """What the run went on without, once more at its end, where it is read."""
-        failures = [failure for failure in trainer.hooks.failures if failure.switched_off]
-        for failure in failures:
+        last = {failure.where: failure for failure in trainer.hooks.failures}
+        for failure in last.values():
             self.console.print(f"Note: {failure}")
+        for where in trainer.hooks.dropped:
+            if where not in last:
+                self.console.print(f"Note: {where} was left out: it failed before this run was resumed")
 
     def _title(self) -> str:
         return f"Epoch {self._epoch + 1}/{self._epochs} (epoch={self._epoch})"

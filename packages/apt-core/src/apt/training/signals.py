@@ -45,7 +45,8 @@ def catch_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # None stands for a handler that was not installed from Python, and cannot be put back.
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def remember(signum: int, frame: FrameType | None) -> None:
         request.signum = signum

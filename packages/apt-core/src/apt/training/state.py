@@ -33,7 +33,12 @@ def capture(trainer: Trainer) -> Checkpoint:
         rng=rng_state(),
         plugins=states,
         metrics=trainer.metrics if trainer.evaluated_step == trainer.step else {},
-        extra={"best_val_loss": trainer.best_val_loss, "data": trainer.data.fingerprint},
+        extra={
+            "best_val_loss": trainer.best_val_loss,
+            "epoch_closed": trainer.epoch_closed,
+            "data": trainer.data.fingerprint,
+            "dealing": _dealing(trainer),
+        },
         dropped=trainer.hooks.dropped,
     )
 
@@ -44,6 +49,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint's weights are not those of this model.
     """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(trainer)]
     try:
         trainer.model.load_state_dict(checkpoint.model)
         trainer.optimizer.load_state_dict(checkpoint.optimizer)
@@ -53,7 +59,12 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"the checkpoint of step {checkpoint.step} does not fit this model: {text}",
             hint="resume without overrides of model.*, or start a new run",
         ) from error
+    # The moments are the checkpoint's; what the profile says (weight decay, betas) is as it says now.
+    for group, own in zip(_groups(trainer), settings, strict=True):
+        group.update(own)
     trainer.step, trainer.epoch, trainer.batch_index = checkpoint.step, checkpoint.epoch, checkpoint.batch_index
+    trainer.epoch_closed = checkpoint.extra["epoch_closed"]
+    _deal_on(trainer, checkpoint.extra["dealing"])
     trainer.best_val_loss = checkpoint.extra["best_val_loss"]
     if checkpoint.extra["data"] != trainer.data.fingerprint:
         warnings.warn(
@@ -79,3 +90,38 @@ def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:
                 AptWarning,
                 stacklevel=3,
             )
+
+
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = trainer.optimizer.param_groups
+    return groups
+
+
+def _dealing(trainer: Trainer) -> dict[str, int]:
+    """How the text is dealt out: what a position in an epoch means depends on all of it."""
+    loader = trainer.data.train
+    return {
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "batch_size": loader.batch_size,
+        "block_size": loader.block_size,
+        "seed": trainer.config.training.seed,
+    }
+
+
+def _deal_on(trainer: Trainer, before: dict[str, int]) -> None:
+    """Where the text is dealt out in another way than before, go on at the same share of the epoch, and say so."""
+    now = _dealing(trainer)
+    if now == before:
+        return
+    changed = ", ".join(
+        f"{key.replace('_', ' ')} {before[key]} -> {now[key]}" for key in now if now[key] != before[key]
+    )
+    if trainer.batch_index:
+        share = trainer.batch_index / before["steps_per_epoch"]
+        trainer.batch_index = min(round(share * now["steps_per_epoch"]), now["steps_per_epoch"])
+    warnings.warn(
+        f"the text is dealt out in another way than before ({changed}): "
+        "some of this epoch may be seen twice, and some not at all",
+        AptWarning,
+        stacklevel=3,
+    )

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from apt.data.loader import Batch
-
-IGNORE = -100
-"""The target of a position that has none."""
+from apt.core.errors import AptError, TrainingError
+from apt.data.loader import NO_TARGET, Batch, TokenLoader
+from apt.evaluation.evaluate import evaluation_mode
 
 ExtraLosses = Callable[[Batch, Tensor, Tensor, dict[str, Any]], Mapping[str, Tensor]]
 
@@ -32,7 +31,7 @@ class Loss:
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Mean negative log-likelihood of the targets, nats per token, in fp32 whatever the logits are in."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=NO_TARGET)
 
 
 def accumulate_gradients(
@@ -65,7 +64,8 @@ def accumulate_gradients(
                     "aux_loss": output.aux_loss,
                     "document_ids": batch.document_ids,
                 }
-                parts |= extra_losses(batch, output.logits, batch.targets, model_state)
+                for name, part in extra_losses(batch, output.logits, batch.targets, model_state).items():
+                    parts[name if name not in parts else f"extra.{name}"] = part
         for part in parts.values():
             total = total + part
         if share != 1.0:
@@ -96,3 +96,31 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def dry_run(
+    model: nn.Module, loader: TokenLoader, parts: int, device: torch.device, autocast: AbstractContextManager[Any]
+) -> None:
+    """One micro-batch forward and backward, so that what cannot work fails before the first step.
+
+    It leaves no trace: the model is in evaluation mode, its gradients are dropped, the random state is put back.
+
+    Args:
+        model: not compiled, for its other mode would have it compiled twice.
+        parts: micro-batches per step.
+
+    Raises:
+        TrainingError: it fails; the message says with what.
+    """
+    batch = next(iter(loader.epoch(0))).to(device).split(parts)[0]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(model):
+            accumulate_gradients(model, [batch], autocast)
+    except AptError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"the model cannot be trained: the first batch fails with {type(error).__name__}: {error}",
+            hint="--debug shows where",
+        ) from error
+    model.zero_grad(set_to_none=True)

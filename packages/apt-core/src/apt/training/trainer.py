@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apt.checkpoint.durable import replace
 from apt.checkpoint.lock import check_lock, read_lock, write_lock
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
@@ -31,7 +32,6 @@ from apt.core.runs import RunFolder, new_run
 from apt.core.schedules import Schedule
 from apt.data.loader import Batch
 from apt.data.prepare import prepare_data
-from apt.data.tokenizers import load_tokenizer
 from apt.evaluation.evaluate import evaluate
 from apt.modeling.compose import ModelBuilder
 from apt.training.metrics import MetricsFile
@@ -39,7 +39,8 @@ from apt.training.optim import build_optimizer, learning_rate
 from apt.training.progress import Progress
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
-from apt.training.step import Loss, accumulate_gradients, update
+from apt.training.step import accumulate_gradients, dry_run, update
+from apt.training.window import Window, free_name, not_finite, plain_numbers
 
 
 class Trainer:
@@ -109,8 +110,10 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.evaluated_step = -1
         self.carried_states: dict[str, Any] = {}
+        self.epoch_closed = True
         self._stop = StopRequest()
-        self._updating = self._looping = False
+        self._begun = self._looping = self._updating = False
+        self._rng_before_step: Tensor | None = None
 
     def register_hook(self, hook: object) -> None:
         """Let an object listen: its methods whose names match hooks are called.
@@ -134,19 +137,23 @@ class Trainer:
     # The loop
 
     def train(self) -> Path:
-        """Run from where the run stands to its end; returns the run's folder.
+        """Run from where the run stands to its end; returns the run's folder. A trainer trains once.
 
         Raises:
             AptError: what a user can mend. The last good checkpoint is never lost by it.
             Interrupted: Ctrl-C or SIGTERM, after the step was finished and saved.
         """
+        if self._begun:
+            raise TrainingError(
+                "this trainer has trained already", hint="make a new one; resume=RunFolder(...) goes on"
+            )
+        self._begun, training = True, self.config.training
         with ExitStack() as stack:
             try:
                 self.hooks.call("on_config_resolved", config=self.config)
                 self._build_parts()
+                dry_run(self.model, self.data.train, training.gradient_accumulation, self.device, self._autocast)
                 self._open_run(stack)
-                self._load_checkpoint()
-                self._dry_run()
                 self._stop = stack.enter_context(catch_signals())
                 self._fit()
             except BaseException as error:
@@ -155,10 +162,9 @@ class Trainer:
         return self.run_dir
 
     def _fit(self) -> None:
-        self._looping = True
-        self._start_window()
+        self._looping, self._window = True, Window(self.data.train.tokens_per_batch)
         self.hooks.call("on_training_start", trainer=self)
-        while self.step < self.total_steps:
+        while self.step < self.total_steps or not self.epoch_closed:
             self._run_epoch()
         for name in self.schedule.unread():
             warnings.warn(f"schedules.{name}: nothing in this run has asked for it", AptWarning, stacklevel=2)
@@ -166,25 +172,31 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         training, checkpoint = self.config.training, self.config.checkpoint
+        self.epoch_closed = False
         self.hooks.call("on_epoch_start", epoch=self.epoch, trainer=self)
         for batch in self.data.train.epoch(self.epoch, start=self.batch_index):
+            if self.step == self.total_steps:
+                break
             self._run_step(batch.to(self.device))
             if self._stop:
                 self._save()
                 raise self._interrupted()
-            if self.step == self.total_steps or self.batch_index == self.steps_per_epoch:
+            if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
             improved = self._evaluate() if self._is_due(training.eval_every) else False
             if (improved and checkpoint.keep_best) or self._is_due(checkpoint.every):
                 self._save()
+        self._log()
         self._evaluate()
         self.hooks.call("on_epoch_end", epoch=self.epoch, trainer=self)
-        if self.batch_index == self.steps_per_epoch:
+        self.epoch_closed = True
+        if self.batch_index >= self.steps_per_epoch:
             self.epoch, self.batch_index = self.epoch + 1, 0
         self._save()
 
     def _run_step(self, batch: Batch) -> None:
         step, training = self.step, self.config.training
+        self._rng_before_step = torch.get_rng_state()
         self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
         micro_batches = batch.split(training.gradient_accumulation)
         extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
@@ -194,61 +206,64 @@ class Trainer:
         self._updating = True
         norm = update(self.optimizer, self._parameters, rate, training.gradient_clip)
         self.step, self.batch_index, self._updating = step + 1, self.batch_index + 1, False
-        self._window.append((loss, norm))
+        self._rng_before_step = None
+        self._window.add(loss, norm)
         self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
         self.hooks.settle()
         if self.step % training.log_every == 0:
-            self._log(rate)
+            self._log()
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
     # What the loop calls
 
+    def _log(self) -> None:
+        """A record of the steps since the last one, if there are any."""
+        if not self._window:
+            return
+        facts = self._window.close()
+        facts["learning_rate"] = learning_rate(self.step - 1, self.total_steps, self.config.training)
+        if wrong := not_finite(facts):
+            raise self._not_finite(", ".join(wrong))
+        self._record("train", facts)
+
     def _evaluate(self) -> bool:
         """Measure the held-out text; returns whether it is the best so far."""
-        metrics = evaluate(
-            self.model, self.data.val, self.config.training.batch_size, self.device, self.config.training.eval_batches
-        )
-        self.hooks.call("on_evaluation_end", metrics=metrics, trainer=self)
-        memory = self._monitor.sample().memory
-        record = {"event": "eval", "step": self.step - 1, "epoch": self.epoch, **metrics, "memory": memory}
-        self.hooks.call("on_log", record=record)
-        improved = metrics["val_loss"] < self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
-        self.metrics, self.evaluated_step = metrics, self.step
-        self._start_window()
+        with self._window.off_the_clock():
+            training = self.config.training
+            metrics = evaluate(self.model, self.data.val, training.batch_size, self.device, training.eval_batches)
+            self.metrics, self.evaluated_step = metrics, self.step
+            improved = metrics["val_loss"] < self.best_val_loss
+            self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
+            self.hooks.call("on_evaluation_end", metrics=MappingProxyType(metrics), trainer=self)
+            self._record("eval", {**metrics, "memory": self._monitor.sample().memory})
         return improved
+
+    def _record(self, event: str, facts: Mapping[str, float]) -> None:
+        """Hand a record to whoever keeps them, with what plugins have added to `extra_metrics`."""
+        record: dict[str, Any] = {"event": event, "step": self.step - 1, "epoch": self.epoch, **facts}
+        for name, value in plain_numbers(self.extra_metrics).items():
+            record[free_name(record, name)] = value
+        self.extra_metrics.clear()
+        if self.hooks.dropped:
+            record["dropped"] = self.hooks.dropped
+        self.hooks.call("on_log", record=MappingProxyType(record))
 
     def _save(self) -> None:
         """Write a checkpoint; a model that is not finite is never kept."""
-        self._check_finite(self._parameters)
-        self.store.save(capture(self))
-        self._start_window()
+        with self._window.off_the_clock():
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+                raise self._not_finite("the weights")
+            self.store.save(capture(self))
 
-    def _log(self, rate: float) -> None:
-        losses = torch.stack([loss.total for loss, _ in self._window])
-        seconds = time.perf_counter() - self._window_started
-        tokens = len(self._window) * self.data.train.tokens_per_batch
-        record: dict[str, Any] = {
-            "event": "train",
-            "step": self.step - 1,
-            "epoch": self.epoch,
-            "loss": losses.mean().item(),
-            "learning_rate": rate,
-            "tokens_per_second": round(tokens / seconds),
-        }
-        last, norm = self._window[-1]
-        if norm is not None:
-            record["grad_norm"] = norm.item()
-        for name, value in {**last.parts, **self.extra_metrics}.items():
-            record[name] = value.item() if isinstance(value, Tensor) else value
-        if self.hooks.dropped:
-            record["dropped"] = self.hooks.dropped
-        self.extra_metrics.clear()
-        self._start_window()
-        self._check_finite([losses])
-        self.hooks.call("on_log", record=record)
+    def _not_finite(self, what: str) -> TrainingError:
+        saved = self.store.latest()
+        kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
+        return TrainingError(
+            f"not finite at step {self.step}: {what}; {kept}",
+            hint="lower training.learning_rate, or set training.gradient_clip",
+        )
 
     def _extra_losses(
         self, batch: Batch, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
@@ -264,20 +279,6 @@ class Trainer:
                 self.hooks.report(plugin, "extra_losses", TypeError("it must return a dict of 0-d tensors"))
         return losses
 
-    def _check_finite(self, tensors: Iterable[Tensor]) -> None:
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            saved = self.store.latest()
-            kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
-            raise TrainingError(
-                f"the loss or the weights are not finite at step {self.step}; {kept}",
-                hint="lower training.learning_rate, or set training.gradient_clip",
-            )
-
-    def _start_window(self) -> None:
-        """Losses and speed are averaged over the steps since here; what lies between windows does not count."""
-        self._window: list[tuple[Loss, Tensor | None]] = []
-        self._window_started = time.perf_counter()
-
     # Building
 
     def _build_parts(self) -> None:
@@ -289,8 +290,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_pages()
         torch.manual_seed(training.seed)
-        tokenizer = load_tokenizer(self.run.tokenizer) if self.resumed and self.run else None
-        self.data = prepare_data(config, self.in_use, tokenizer=tokenizer, progress=self.progress.preparing)
+        tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
+        self.data = prepare_data(config, self.in_use, tokenizer_path=tokenizer_path, progress=self.progress.preparing)
         self.tokenizer = self.data.tokenizer
         self.steps_per_epoch = len(self.data.train)
         self.total_steps = min(training.max_epochs * self.steps_per_epoch, training.max_steps or 2**62)
@@ -298,9 +299,8 @@ class Trainer:
         for name in self.schedule.unreached():
             warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
         builder = ModelBuilder(config, self.in_use)
-        self.model = builder.build_model(vocab_size=config.model.vocab_size or self.tokenizer.vocab_size).to(
-            self.device
-        )
+        model = builder.build_model(vocab_size=config.model.vocab_size or self.tokenizer.vocab_size)
+        self.model = model.to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         if config.model.align_name:
             self.in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
@@ -320,7 +320,8 @@ class Trainer:
         self._monitor = ResourceMonitor()
 
     def _open_run(self, stack: ExitStack) -> None:
-        """Make the run's folder, or enter the one that is resumed."""
+        """Make the run's folder, or enter the one that is resumed and go on from its last good checkpoint; then write
+        down what the run is made of."""
         if self.run is None:
             self.run = new_run(self.config.output_dir, self.config.name)
         elif self.run.holds_a_run() and not self.resumed:
@@ -328,36 +329,31 @@ class Trainer:
                 f"{self.run.path} holds a run already",
                 hint=f"go on with it (--resume {self.run.path}) or choose another folder",
             )
-        self.run.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(log_to_file(self.logger, self.run.log))
+        slots = list(self.in_use.slots.values())
         self.store = CheckpointStore(
             self.run.checkpoints, keep_last=self.config.checkpoint.keep_last, keep_best=self.config.checkpoint.keep_best
         )
-
-    def _load_checkpoint(self) -> None:
-        """Go on from the last good checkpoint, then write down what this run is made of."""
-        assert self.run is not None
-        slots = list(self.in_use.slots.values())
         if self.resumed:
             check_lock(read_lock(self.run.lock), slots)
             restore(self, self.store.load())
-        self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
-        self.tokenizer.save(self.run.tokenizer)
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(log_to_file(self.logger, self.run.log))
+            self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
+            if not self.resumed:
+                self.tokenizer.save(self.run.tokenizer)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to the run's folder {self.run.path}: {error.strerror or error}",
+                hint="free some space, or choose another output_dir",
+            ) from error
         write_lock(self.run.lock, slots, self.model, self.modules_by_slot)
-        self.run.profile.write_text(dump_yaml(self.config.model_dump(mode="json")), encoding="utf-8")
-
-    def _dry_run(self) -> None:
-        """One batch forward and backward before step 1, so that what cannot work fails now. It leaves no trace: the
-        model is in evaluation mode, its gradients are dropped, the random state is put back. It runs uncompiled, for
-        the mode would have it compiled twice."""
-        batch = next(iter(self.data.train.epoch(0))).to(self.device)
-        with torch.random.fork_rng(enabled=True):
-            self.model.eval()
-            accumulate_gradients(
-                self.model, batch.split(self.config.training.gradient_accumulation)[:1], self._autocast
-            )
-            self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
+        for slot in slots:
+            if slot.is_fallback:
+                self.logger.warning(
+                    "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
+                )
 
     # The end
 
@@ -371,19 +367,30 @@ class Trainer:
         )
 
     def _end_early(self, error: BaseException) -> None:
-        """Say why the run ends, and save it if its state is that of a finished step."""
+        """Save the run if its state is that of a finished step, then say why it ends."""
         self.logger.error("the run ends early: %s", error, exc_info=error)
-        self.hooks.call("on_exception", error=error, trainer=self)
-        whole = self._looping and not self._updating
-        if not whole or isinstance(error, Interrupted | CheckpointError) or not isinstance(error, Exception):
-            return
-        try:
-            self._save()
-        except AptError as failed:
-            self.logger.error("it could not be saved either: %s", failed)
-            return
-        if not isinstance(error, AptError):
+        with self.hooks.forgiving():
+            saved = self._save_what_is_whole(error)
+            self.hooks.call("on_exception", error=error, trainer=self)
+        if self._looping and isinstance(error, Exception) and not isinstance(error, AptError):
+            kept = f"the run is saved in {self.run_dir}" if saved else "what was saved before is kept"
             raise TrainingError(
-                f"step {self.step} failed: {type(error).__name__}: {error}; the run is saved in {self.run_dir}",
+                f"step {self.step} failed: {type(error).__name__}: {error}; {kept}",
                 hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
             ) from error
+
+    def _save_what_is_whole(self, error: BaseException) -> bool:
+        """Save after an error, unless it came in the middle of an update, or from saving, or nobody wants to wait."""
+        if not self._looping or self._updating or not isinstance(error, Exception):
+            return False
+        if isinstance(error, Interrupted | CheckpointError):
+            return False
+        if self._rng_before_step is not None:
+            # The step that failed is done again after a resume, with the numbers it had drawn (on a CPU).
+            torch.set_rng_state(self._rng_before_step)
+        try:
+            self._save()
+        except Exception as failed:
+            self.logger.error("it could not be saved either: %s", failed)
+            return False
+        return True

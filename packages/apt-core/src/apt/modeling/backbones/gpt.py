@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from apt.core.config import ModelConfig
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, supports
-from apt.modeling.counting import flops_per_token, num_params
+from apt.modeling.counting import Part, flops_per_token
 from apt.modeling.layers.kv_cache import ModelCache
 from apt.modeling.layers.norm import make_norm
 
@@ -33,7 +33,7 @@ class ModelOutput(NamedTuple):
     """0-d, the sum of the FFN layers' auxiliary losses; None if none has one."""
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Part):
     """x + attention(norm(x)), then x + ffn(norm(x)).
 
     Args:
@@ -98,7 +98,7 @@ def lacking(layer: nn.Module, capability: str) -> ProviderError:
     )
 
 
-class GPT(nn.Module):
+class GPT(Part):
     """A decoder-only language model.
 
     Args:
@@ -192,10 +192,6 @@ class GPT(nn.Module):
         """Whether every attention layer can serve `capability` (see `AttentionProvider`)."""
         return all(supports(block.attention, capability) for block in self.blocks)
 
-    def num_params(self) -> int:
-        """How many parameters the model has; a shared one counts once."""
-        return num_params(self)
-
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token at a context of `length` tokens, attention scores and output projection included."""
         return sum(flops_per_token(block, length) for block in self.blocks) + 2 * self.vocab_size * self.d_model
@@ -204,7 +200,9 @@ class GPT(nn.Module):
         self, embedding: nn.Embedding, count: int, positions: Tensor | None, cache: ModelCache | None
     ) -> Tensor:
         start = cache.length if cache is not None else 0
-        last = start + count - 1 if positions is None else int(positions.max())
+        last = start + count - 1
+        if positions is not None and positions.is_cpu and not torch.compiler.is_compiling():
+            last = int(positions.max())  # elsewhere it would wait for the device, and the embedding refuses by itself
         if last >= self.max_seq_len:
             raise ConfigError(
                 f"position {last} lies beyond the {self.max_seq_len} that this model has learned",

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from apt.core.config import Section
 from apt.core.errors import ConfigError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
+from apt.modeling.counting import Part
 from apt.modeling.layers.checks import check_heads, check_request
 from apt.modeling.layers.kv_cache import PositionCache
 from apt.modeling.layers.masks import attend, build_mask
@@ -35,7 +36,7 @@ class MHAConfig(Section):
     """Whether both projections have a bias."""
 
 
-class MHAAttentionLayer(nn.Module):
+class MHAAttentionLayer(Part):
     """Multi-head or grouped-query attention; `forward` keeps the contract of `AttentionProvider`.
 
     Args:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from apt.core.config import Section
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
+from apt.modeling.counting import Part
 from apt.modeling.layers.checks import check_heads, check_request
 from apt.modeling.layers.masks import Mask, attend, build_mask, masked_softmax, padded
 from apt.modeling.layers.norm import EPS, rms_norm
@@ -56,7 +57,7 @@ def slice_width(d_model: int, num_heads: int, r: int) -> int | None:
     return None if d_model % r or width % 2 else width
 
 
-class TVAAttentionLayer(nn.Module):
+class TVAAttentionLayer(Part):
     """One layer of TVA; `forward` keeps the contract of `AttentionProvider`.
 
     Args:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from apt.core.config import Section
 from apt.core.providers.ffn import FFNProvider
+from apt.modeling.counting import Part
 
 
 class FFNConfig(Section):
@@ -19,7 +20,7 @@ class FFNConfig(Section):
     """Whether the matrices have a bias."""
 
 
-class FeedForward(nn.Module):
+class FeedForward(Part):
     """W_out GELU(W_in x), from [B, T, D] to [B, T, D] (Hendrycks and Gimpel, 2016, for the exact GELU)."""
 
     def __init__(
@@ -47,7 +48,7 @@ class FeedForward(nn.Module):
         return out_BTD
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(Part):
     """W_down (SiLU(W_gate x) (.) W_up x), from [B, T, D] to [B, T, D] (Shazeer, "GLU Variants", 2020, equation 6).
 
     At the same `d_ff` it has half as many weights again as `FeedForward`.
