@@ -126,7 +126,8 @@ def test_another_provider_is_refused_and_both_are_named(path: Path) -> None:
     assert str(caught.value) == (
         "this run was built with attention:flash_v2 1.0 (apt-plugin-flash 2.3), and now "
         "attention:tva_default 1.0 (apt-core 2.3) is in effect; use attention:flash_v2 again: "
-        "pip install \"apt-plugin-flash==2.3\", or one with weights_layout 'mha', or start a new run"
+        "pip install \"apt-plugin-flash==2.3\", or one with weights_layout 'mha', leave out what names another one, "
+        "or start a new run"
     )
 
 
@@ -162,7 +163,7 @@ def test_a_script_provider_has_nothing_to_install(path: Path) -> None:
     own.registration = Registration("ffn", "own", Plain)
     with pytest.raises(CheckpointError) as caught:
         check_lock(lock(path, own), [slot("ffn", "default")])
-    assert caught.value.hint == "use ffn:own again, or start a new run"
+    assert caught.value.hint == "use ffn:own again, leave out what names another one, or start a new run"
 
 
 def test_another_version_is_named(path: Path) -> None:

@@ -90,7 +90,7 @@ def test_doctor_shows_what_there_is(run_apt: RunApt, small_home: Path, monkeypat
     assert versions.keys() >= {"apt-core", "torch", "pydantic"}
     assert any(line.split()[0] == "cpu" for line in section(result.out, "Hardware"))
     assert any(line.split()[:2] == ["builtin", "ok"] for line in section(result.out, "Plugins"))
-    absent = "\n".join(section(result.out, "To be had"))
+    absent = "\n".join(section(result.out, "Not here, and how to get it"))
     present = run_apt("plugin-list").out
     for kind, name in PROVIDERS:
         assert (f"{kind}:{name}" in absent) != (name in present.split())

@@ -330,8 +330,15 @@ def test_a_method_that_is_nearly_a_hook_is_pointed_out() -> None:
     class Slip:
         def on_epoch_started(self, epoch: int) -> None: ...
 
+    class Other(Slip):
+        def on_step_end(self) -> None: ...
+
     with pytest.warns(AptWarning, match="did you mean on_epoch_start"):
+        Hooks().add(Other())
+    with pytest.warns(AptWarning, match="did you mean on_epoch_start"), pytest.raises(PluginError, match="no method"):
         Hooks().add(Slip())
+    with pytest.raises(PluginError, match=r"register an instance: Other\(\)"):
+        Hooks().add(Other)
 
 
 def test_properties_of_an_object_are_not_run() -> None:

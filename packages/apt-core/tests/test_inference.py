@@ -52,7 +52,9 @@ def test_top_k_and_top_p_keep_the_likeliest_and_no_others() -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
@@ -110,6 +112,7 @@ def test_with_a_cache_the_tokens_are_those_without(run: RunFolder, attention: st
     ).build_model(vocab_size=40)
     generator = Generator.from_run(run)
     generator.model = model.double().eval()
+    generator.tokenizer = SimpleNamespace(eos_id=None, vocab_size=40)  # type: ignore[assignment]
     prompt = [3, 1, 4, 1, 5]
     ids = list(generator.generate_ids(prompt, 40, Sampling(0.0)))
     expected = list(prompt)
@@ -143,10 +146,18 @@ def test_hooks_change_the_prompt_and_the_next_token(run: RunFolder) -> None:
 
 def test_the_end_of_the_document_ends_the_text(run: RunFolder) -> None:
     generator = Generator.from_run(run)
-    generator.tokenizer = SimpleNamespace(eos_id=2)  # type: ignore[assignment]
+    generator.tokenizer = SimpleNamespace(eos_id=2, vocab_size=generator.tokenizer.vocab_size)  # type: ignore[assignment]
     ids = list(generator.generate_ids([0], 500, Sampling(50.0), seed=0))
     assert len(ids) < 500
     assert 2 not in ids
+
+
+def test_what_is_beyond_the_vocabulary_is_never_chosen(run: RunFolder) -> None:
+    generator = Generator.from_run(run)
+    generator.tokenizer = SimpleNamespace(eos_id=None, vocab_size=3)  # type: ignore[assignment]
+    assert set(generator.generate_ids([0], 60, Sampling(50.0), seed=0)) == {0, 1, 2}
+    with pytest.raises(ConfigError, match="the seed is"):
+        next(generator.generate_ids([0], 1, Sampling(), seed=2**64))
 
 
 def test_prompts_that_cannot_be_continued_are_refused(run: RunFolder) -> None:
@@ -219,6 +230,13 @@ def test_runs_are_numbered_and_found_again(tmp_path: Path, run: RunFolder) -> No
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     RunFolder(new_run(tmp_path, "small").path).profile.write_text("")
+    kept = new_run(tmp_path, "kept")
+    kept.profile.write_text("")
+    (kept.checkpoints / "step-00000001").mkdir(parents=True)
+    newer = new_run(tmp_path, "kept")
+    newer.profile.write_text("")
+    with pytest.warns(AptWarning, match="has saved nothing; using"):
+        assert find_run(name="kept", output_dir=tmp_path) == kept
     with pytest.raises(ConfigError, match="did you mean 'small-1'"):
         find_run("smal-1", tmp_path)
     with pytest.raises(ConfigError, match="no run of profile 'other'"):

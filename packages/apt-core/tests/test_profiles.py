@@ -375,7 +375,7 @@ def test_what_is_kept_of_a_run_resolves_to_the_same(tmp_path: Path) -> None:
         ("schedules: 3\n", ["1: schedules: expected a mapping, got 3"]),
         (
             "training:\n  seed: " + "y" * 500 + "\n",
-            ["2: training.seed: expected a whole number at least 0, got '" + "y" * 56 + "..."],
+            ["2: training.seed: expected a whole number at least 0 and at most 4294967295, got '" + "y" * 56 + "..."],
         ),
     ],
 )

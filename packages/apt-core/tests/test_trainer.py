@@ -776,3 +776,17 @@ def test_a_third_partys_tokenizer_is_loaded_by_its_own_provider(config: Config) 
     run = interrupted_run(config, 5)
     assert resumed(run).step == 18
     assert evaluate_run(run)["val_loss"] > 0
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
+    config["model"]["vocab_size"] = 100
+    with pytest.raises(ConfigError, match=r"model\.vocab_size 100 is smaller than the tokenizer's 256"):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resume_with_nothing_left_to_do_changes_nothing(config: Config) -> None:
+    run = RunFolder(train(config).run_dir)
+    before = run.profile.read_bytes()
+    resumed(run, training__max_steps=4)
+    assert run.profile.read_bytes() == before

@@ -146,7 +146,10 @@ def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert records[1]["loss"] is None, "JSON has no NaN"
 
 
-def test_the_first_signal_asks_and_the_second_acts() -> None:
+def test_the_first_signal_asks_and_the_second_acts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 0.0)
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("acted"))
     try:
@@ -155,6 +158,11 @@ def test_the_first_signal_asks_and_the_second_acts() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             assert request.signum == signal.SIGTERM
             assert not seen
+            assert "stopping after this step" in capsys.readouterr().err
+            monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 60.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not seen, "so soon, it is the same press of the key"
+            monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen == ["acted"]
         os.kill(os.getpid(), signal.SIGTERM)
@@ -163,3 +171,13 @@ def test_the_first_signal_asks_and_the_second_acts() -> None:
         signal.signal(signal.SIGTERM, before)
     assert Interrupted(signal.SIGTERM, "stopped").exit_code == 143
     assert Interrupted(signal.SIGINT, "stopped").exit_code == 130
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -149,7 +149,7 @@ def _refusal(kind: str, was: dict[str, Any] | None, new: dict[str, Any] | None) 
     layout = f", or one with weights_layout {was['weights_layout']!r}" if was["weights_layout"] else ""
     return CheckpointError(
         f"this run was built with {_title(was)}, and now {now}",
-        hint=f"use {kind}:{was['name']} again{install}{layout}, or start a new run",
+        hint=f"use {kind}:{was['name']} again{install}{layout}, leave out what names another one, or start a new run",
     )
 
 

@@ -178,7 +178,10 @@ class CheckpointStore:
                 f"no checkpoint in {self.folder} is whole: {'; '.join(damage)}",
                 hint="restore one from a copy, or train again",
             )
-        raise CheckpointError(f"there is no checkpoint in {self.folder}", hint="name a run that has saved one")
+        raise CheckpointError(
+            f"there is no checkpoint in {self.folder}",
+            hint="it has saved nothing: start a new run, or name another one",
+        )
 
     def _folders(self) -> dict[int, Path]:
         """{step: folder} of the complete checkpoints: those under their final name, else those that stepped aside."""

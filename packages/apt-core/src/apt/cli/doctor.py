@@ -40,7 +40,7 @@ def run_doctor_command(args: Namespace) -> int:
     _show("Plugins", plugin_lines(plugins))
     _show("Providers", _providers(plugins.registry))
     absent = columns(_not_installed(plugins.registry))
-    _show("To be had", absent or ["  nothing more that core knows of"], last=True)
+    _show("Not here, and how to get it", absent or ["  nothing more that core knows of"], last=True)
     return 0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from apt.cli import system_apt
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if system_apt.is_meant_for_it(arguments):
             # First of all, and with next to nothing imported.
             system_apt.pass_on(arguments)
-        code = _run([argument for argument in arguments if argument != "--debug"])
+        with _leaving_on_interrupt():
+            code = _run([argument for argument in arguments if argument != "--debug"])
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -41,6 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return _report(error)
+
+
+@contextmanager
+def _leaving_on_interrupt() -> Iterator[None]:
+    """Inside this block Ctrl-C leaves at once. A KeyboardInterrupt in the middle of an import would be swallowed, or
+    come out as something else; training, which has something to lose, catches the signal itself."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        os.write(2, b"\ninterrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(arguments: list[str]) -> int:

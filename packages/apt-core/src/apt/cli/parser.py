@@ -276,8 +276,9 @@ def _number(text: str) -> float:
 def _checkpoint(text: str) -> str | int:
     if text in ("best", "last"):
         return text
-    if text.isascii() and text.isdigit():
-        return int(text)
+    number = text.removeprefix("step-")
+    if number.isascii() and number.isdigit():
+        return int(number)
     raise argparse.ArgumentTypeError(f"expected best, last or a step, got {text!r}")
 
 
@@ -287,7 +288,7 @@ def _keys_of_the_profile() -> dict[str, str]:
 
     fields = {top: getattr(field.annotation, "model_fields", {}) for top, field in RunConfig.model_fields.items()}
     keys = {key: f"--{top}.{key}" for top, inner in fields.items() for key in inner} | {
-        top: f"--{top}" for top in fields
+        top: f"--{top}.KEY" if inner else f"--{top}" for top, inner in fields.items()
     }
     return {"--" + key.replace("_", "-"): place for key, place in keys.items()}
 

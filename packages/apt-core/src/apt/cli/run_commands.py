@@ -20,6 +20,9 @@ SHORT = {"epochs": "training.max_epochs", "batch_size": "training.batch_size"}
 
 MAX_SHOWN = 6
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
+"""What a model may write and a terminal would obey."""
+
 
 def run_train_command(args: Namespace) -> int:
     """Train, or go on with a run."""
@@ -34,6 +37,8 @@ def run_train_command(args: Namespace) -> int:
             overrides[key] = value
     if run is not None and args.run_dir is not None:
         raise UsageError("apt train: --resume goes on in the run's own folder", hint="leave --run-dir out")
+    if "data.train_path" in overrides and "data.dataset" not in overrides:
+        overrides["data.dataset"] = "files"  # who names a text wants it read, whatever the profile reads
     if run is not None and args.profile is not None:
         _warn_of_differences(args.profile, run, overrides)
 
@@ -70,8 +75,9 @@ def run_generate_command(args: Namespace) -> int:
         seed=args.seed,
     )
     first = next(pieces, "")  # what is wrong with the arguments shows here, before anything is written
+    on_terminal = sys.stdout.isatty()
     for piece in chain([prompt + first], pieces, ["\n"]):
-        sys.stdout.write(piece)
+        sys.stdout.write(piece.translate(CONTROLS) if on_terminal else piece)
         sys.stdout.flush()
     return 0
 
@@ -125,6 +131,9 @@ def find_source(
 
 def _warn_of_differences(profile: str, run: RunFolder, overrides: Mapping[str, Any]) -> None:
     """Say in which keys the profile that was named is not the one that the run was made with."""
+    named_name, own_name = (resolve(source).config.name for source in (profile, run.profile))
+    if named_name != own_name:
+        raise UsageError(f"apt train: {run.path} is a run of {own_name}, not of {named_name}", hint="leave -p out")
     named, own = (_flat(resolve(source, overrides).config.model_dump(mode="json")) for source in (profile, run.profile))
     different = [key for key in sorted(named.keys() | own.keys()) if named.get(key) != own.get(key)]
     if not different:

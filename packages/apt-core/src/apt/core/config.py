@@ -6,9 +6,10 @@ Unknown keys are errors. The one exception: `model`, `data` and `training` also 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -137,7 +138,7 @@ class TrainingConfig(OpenSection):
     """Steps between records of the metrics."""
     trackers: tuple[str, ...] = ()
     """Tracker providers to send the metrics to, beside the run's own metrics.jsonl."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
 
     @model_validator(mode="after")
     def _rate_falls(self) -> TrainingConfig:
@@ -164,14 +165,14 @@ class HardwareConfig(Section):
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of torch; torch's own choice if left out."""
 
 
 class RunConfig(Section):
     """A whole profile."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)] = "run"
+    name: str = "run"
     """The profile's name, of letters, digits, `_`, `.` and `-`; the run's folder is called after it."""
     description: str = ""
     """One line for `apt profile list`."""
@@ -188,3 +189,12 @@ class RunConfig(Section):
     """`enable_NAME_at_epoch`, `enable_NAME_at_step`, and values that anneal: see `apt.core.schedules`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     hardware: HardwareConfig = HardwareConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folders(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+            raise ValueError(
+                "a name has letters, digits, '_', '.' and '-', at most 100: the run's folder is called after it"
+            )
+        return name

@@ -83,8 +83,10 @@ mention it, where the name is wrong in any case."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = SLIP) -> str | None:
-    """The known name nearest to `name`, or None if none is near enough."""
+    """The known name nearest to `name`, or None if none is near enough. The same letters in another order are."""
     import difflib  # here: it is needed only where something is wrong, and start-up is measured
 
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    names = list(known)
+    turned = [other for other in names if len(name) > 2 and other != name and sorted(other) == sorted(name)]
+    matches = turned or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return matches[0] if matches else None

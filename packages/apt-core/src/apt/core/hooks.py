@@ -112,6 +112,13 @@ class Hooks:
         Raises:
             PluginError: an implementation does not fit its hook.
         """
+        if isinstance(plugin, type):
+            raise PluginError(f"{plugin.__name__} is a class", hint=f"register an instance: {plugin.__name__}()")
+        if not isinstance(plugin, types.ModuleType) and not has_hooks(plugin):
+            _check_unknown(type(plugin).__name__, plugin)
+            raise PluginError(
+                f"{type(plugin).__name__} has no method with the name of a hook", hint="see apt.hookspecs"
+            )
         if self.manager.is_registered(plugin):
             raise PluginError(f"{type(plugin).__name__} is registered already", hint="register each object once")
         name = self._free_name(name or getattr(plugin, "__name__", None) or type(plugin).__name__)

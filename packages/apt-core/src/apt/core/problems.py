@@ -186,8 +186,12 @@ def _phrase(schema: Schema) -> str | None:
     if words:
         return (f"one of {', '.join(map(repr, words))}") if len(words) > 1 else repr(words[0])
     noun = _NOUNS.get(schema.get("type", ""))
-    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
+    bounds = [f"{word} {_number(schema[key])}" for key, word in _BOUNDS.items() if key in schema]
     return f"{noun} {' and '.join(bounds)}".rstrip() if noun else None
+
+
+def _number(bound: float) -> str:
+    return f"{bound:.0f}" if bound == int(bound) else f"{bound:g}"
 
 
 _NOUNS = {

@@ -325,8 +325,11 @@ class Registry:
             raise
         except (Exception, SystemExit) as error:
             # A config that does not fit is the user's slip, in whichever library's words it is told.
-            kind = ConfigError if type(error).__name__ == "ValidationError" else ProviderError
-            raise kind(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
+            if type(error).__name__ == "ValidationError":
+                faults: list[Any] = error.errors()  # type: ignore[union-attr]
+                said = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
+                raise ConfigError(f"{claim.slot}: its section does not fit: {said}") from error
+            raise ProviderError(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
         if fingerprint is not None:
             self._instances[key] = instance
         return instance
@@ -344,7 +347,7 @@ class Registry:
         if near:
             return f"did you mean {near!r}?"
         known = ", ".join(n for k, n in sorted(self._claims) if k == kind) or "none"
-        return f"install the package that brings it (installed of this kind: {known})"
+        return f"install the package that brings it, or use one of: {known}"
 
 
 def fallback_message(error: ProviderError, stand_in: str) -> str:

@@ -12,10 +12,11 @@ runs/tiny_debug-1/
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.core.errors import HINT, ConfigError, did_you_mean
+from apt.core.errors import HINT, AptWarning, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         return self.profile.is_file()
+
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
 
 
 def new_run(output_dir: str | Path, name: str) -> RunFolder:
@@ -100,9 +104,11 @@ def find_run(run: str | Path | None = None, output_dir: str | Path = "runs", nam
         of = f" of profile {name!r}" if name else ""
         raise ConfigError(f"there is no run{of} in {parent}", hint="start one with: apt train --profile tiny_debug")
     # The newest of one profile has the highest number. Between profiles only their clocks can tell.
-    if name:
-        return max(runs, key=lambda folder: _number(folder.path, name))
-    return max(runs, key=lambda folder: folder.profile.stat().st_mtime)
+    runs.sort(key=lambda folder: _number(folder.path, name) if name else folder.profile.stat().st_mtime)
+    saved = [folder for folder in runs if folder.has_checkpoints()]
+    if saved and saved[-1] != runs[-1]:
+        warnings.warn(f"{runs[-1].path} has saved nothing; using {saved[-1].path}", AptWarning, stacklevel=2)
+    return (saved or runs)[-1]
 
 
 def _runs(parent: Path, name: str | None = None) -> list[RunFolder]:

@@ -111,6 +111,8 @@ def load_saved_tokenizer(config: RunConfig, in_use: ProvidersInUse, path: Path) 
 def _hand_down(data: DataConfig, in_use: ProvidersInUse) -> None:
     """Give the providers of core what `data` itself says, where their own sections do not say otherwise."""
     given = in_use.sections.get("data", {})
+    if data.tokenizer == "file" and "path" not in given.get("file", {}):
+        raise ConfigError("data.tokenizer: which file?", hint="set data.tokenizer to the path of a tokenizer.json")
     files = {"train_path": data.train_path, "text_field": data.text_field}
     own: dict[str, Mapping[str, Any]] = {
         "files": {key: value for key, value in files.items() if value is not None},

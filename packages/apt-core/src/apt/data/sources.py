@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -106,7 +107,7 @@ class StdlibConfig(Section):
     """How much of the standard library."""
 
     max_bytes: PositiveInt | None = None
-    """Stop after the file that reaches this many bytes; all files if left out."""
+    """At most so many bytes, in whole files; all files if left out."""
     tests: bool = False
     """Whether to read the standard library's tests as well."""
 
@@ -137,35 +138,44 @@ class StdlibDataset(DatasetProvider):
         return digest.hexdigest()
 
     def size_hint(self) -> int | None:
-        root, total = _stdlib(), 0
-        for name in _stdlib_names(root, self.config.tests):
-            total += (root / name).stat().st_size
-            if self.config.max_bytes is not None and total >= self.config.max_bytes:
-                break
-        return total
+        return sum(size for _, size in self._chosen())
 
-    def _sources(self) -> Iterator[tuple[str, str]]:
-        root, total = _stdlib(), 0
+    def _chosen(self) -> list[tuple[Path, int]]:
+        """The files that fit into `max_bytes` and their sizes; where one does not, a smaller one may still."""
+        root, left = _stdlib(), self.config.max_bytes or sys.maxsize
+        chosen = []
         for name in _stdlib_names(root, self.config.tests):
             try:
-                content = (root / name).read_bytes()
-                text = content.decode("utf-8-sig")
+                size = (root / name).stat().st_size
+            except OSError as error:
+                raise _unreadable(root / name, error) from error
+            if size <= left:
+                chosen.append((root / name, size))
+                left -= size
+        return chosen
+
+    def _sources(self) -> Iterator[tuple[str, str]]:
+        root, found = _stdlib(), False
+        for path, _ in self._chosen():
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError:
                 continue
             except OSError as error:
-                raise DataError(
-                    f"{root / name} cannot be read: {error.strerror or error}", hint="set data.train_path instead"
-                ) from error
-            if not text or "\0" in text:
-                continue
-            yield name, text
-            total += len(content)
-            if self.config.max_bytes is not None and total >= self.config.max_bytes:
-                return
-        if not total:
+                raise _unreadable(path, error) from error
+            if text and "\0" not in text:
+                found = True
+                yield path.relative_to(root).as_posix(), text
+        if not found:
+            fits = f" of at most {self.config.max_bytes:,} bytes" if self.config.max_bytes else ""
             raise DataError(
-                f"this Python has no sources of its standard library in {root}", hint="set data.train_path instead"
+                f"this Python has no sources{fits} of its standard library in {root}",
+                hint="set data.train_path instead",
             )
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}", hint="set data.train_path instead")
 
 
 def _stdlib() -> Path:
@@ -209,4 +219,8 @@ def _missing_hint(path: Path) -> str:
     near = None
     if path.parent.is_dir():
         near = did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
-    return f"did you mean {str(path.parent / near)!r}?" if near else f"relative paths start at {Path.cwd()}"
+    return (
+        f"did you mean {str(path.parent / near)!r}?"
+        if near
+        else f"relative paths start at {Path.cwd()}; set data.train_path"
+    )

@@ -71,6 +71,8 @@ class Generator:
     ) -> Iterator[int]:
         """Yield new token ids after `prompt_ids`, up to the end-of-document token, which is not yielded."""
         generator = torch.Generator(self.device)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ConfigError(f"the seed is {seed}", hint="use 0 to 2**63 - 1")
         generator.manual_seed(seed) if seed is not None else generator.seed()
         limit = self.model.max_seq_len
         self.tokens = torch.tensor([prompt_ids], dtype=torch.int64, device=self.device)
@@ -82,6 +84,8 @@ class Generator:
                 logits_BV = self.model(self.tokens[:, -limit:], last_only=True).logits[:, -1]
             else:
                 logits_BV = self.model(self.tokens[:, cache.length :], cache=cache, last_only=True).logits[:, -1]
+            # Rows of the embedding beyond the tokenizer's vocabulary mean nothing.
+            logits_BV[:, self.tokenizer.vocab_size :] = -torch.inf
             wrong = partial(_wrong_logits, like=logits_BV)
             logits_BV = self.hooks.chain("on_next_token", "logits", logits_BV, wrong, generator=self)
             self.hooks.settle()

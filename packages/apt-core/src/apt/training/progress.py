@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from apt.core.in_use import Slot
 
@@ -58,7 +57,7 @@ class Progress:
         elif time.monotonic() - self._line_shown >= PLAIN_SECONDS:
             self._line_shown = time.monotonic()
             of = f" of {total / 1e6:.1f}" if total else ""
-            self.console.print(f"{label}: {done / 1e6:.1f}{of} MB")
+            self._print(f"{label}: {done / 1e6:.1f}{of} MB")
 
     # The run
 
@@ -66,21 +65,24 @@ class Progress:
         self._close_bar()
         config, data = trainer.config, trainer.data
         self._epochs = config.training.max_epochs
-        table = Table.grid(padding=(0, 2))
-        table.add_row("profile", f"{config.name} ({trainer.profile.source})")
-        for slot in trainer.in_use.slots.values():
-            table.add_row(slot.kind, describe_slot(slot))
-        table.add_row("data", f"{len(data.train.tokens):,} tokens to train on, {len(data.val.tokens):,} held out")
         shape = f"{config.model.num_layers} layers, d_model {config.model.d_model}, {config.model.num_heads} heads"
-        table.add_row(
-            "model", f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {trainer.device}"
-        )
-        steps = f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch"
-        table.add_row("training", steps + (f", resumed at step {trainer.step:,}" if trainer.resumed else ""))
-        table.add_row("run", str(trainer.run_dir))
-        self.console.print(table)
+        resumed = f", resumed at step {trainer.step:,}" if trainer.resumed else ""
+        rows = [
+            ("profile", f"{config.name} ({trainer.profile.source})"),
+            *((slot.kind, describe_slot(slot)) for slot in trainer.in_use.slots.values()),
+            ("data", f"{len(data.train.tokens):,} tokens to train on, {len(data.val.tokens):,} held out"),
+            (
+                "model",
+                f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {trainer.device}",
+            ),
+            ("training", f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch{resumed}"),
+            ("run", str(trainer.run_dir)),
+        ]
+        for label, fact in rows:
+            self._print(f"{label:<10} {fact}")
         if trainer.step >= trainer.total_steps:
-            self.console.print("Nothing is left to do: every step is done. More with --epochs N.")
+            more = "--training.max_steps N" if config.training.max_steps == trainer.total_steps else "--epochs N"
+            self._print(f"Nothing is left to do: every step is done. More with {more}")
         elif self.console.is_terminal and not self.console.quiet:
             columns = (
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"),
@@ -106,26 +108,26 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif time.monotonic() - self._line_shown >= PLAIN_SECONDS:
             self._line_shown = time.monotonic()
-            self.console.print(f"{self._title()}: step {step:,}  {numbers}")
+            self._print(f"{self._title()}: step {step:,}  {numbers}")
 
     def on_evaluation_end(self, metrics: Mapping[str, float], trainer: Any) -> None:
         self._evaluation = dict(metrics)
         in_mid_epoch = trainer.batch_index < trainer.steps_per_epoch and trainer.step < trainer.total_steps
         if in_mid_epoch:
-            self.console.print(f"{self._title()}: step {trainer.step:,}  val_loss={metrics['val_loss']:.4f}")
+            self._print(f"{self._title()}: step {trainer.step:,}  val_loss={metrics['val_loss']:.4f}")
 
     def on_epoch_end(self, epoch: int, trainer: Any) -> None:
         seconds = time.monotonic() - self._epoch_started
         parts = [f"loss={self._loss:.4f}"] if self._loss is not None else []
         parts += [f"val_loss={self._evaluation['val_loss']:.4f}"] if self._evaluation else []
         speed = f"{sum(self._speed) / len(self._speed):,.0f} tokens/s" if self._speed else ""
-        self.console.print(f"{self._title()}: {' '.join(parts)}  {speed}  {seconds:.1f} s")
+        self._print(f"{self._title()}: {' '.join(parts)}  {speed}  {seconds:.1f} s")
 
     def on_training_end(self, trainer: Any) -> None:
         self._close_bar()
         self._summary(trainer)
-        self.console.print(f"Training is complete. The run lies in {trainer.run_dir}")
-        self.console.print(f'Next: apt generate {trainer.run_dir} --prompt "The"')
+        self._print(f"Training is complete. The run lies in {trainer.run_dir}")
+        self._print(f'Next: apt generate {trainer.run_dir} --prompt "The"')
 
     def on_exception(self, error: BaseException, trainer: Any) -> None:
         self._close_bar()
@@ -135,10 +137,14 @@ class Progress:
         """What the run went on without, once more at its end, where it is read."""
         last = {failure.where: failure for failure in trainer.hooks.failures}
         for failure in last.values():
-            self.console.print(f"Note: {failure}")
+            self._print(f"Note: {failure}")
         for where in trainer.hooks.dropped:
             if where not in last:
-                self.console.print(f"Note: {where} was left out: it failed before this run was resumed")
+                self._print(f"Note: {where} was left out: it failed before this run was resumed")
+
+    def _print(self, line: str) -> None:
+        """One line, as it is: no markup, and not broken where it is longer than the screen."""
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def _title(self) -> str:
         return f"Epoch {self._epoch + 1}/{self._epochs} (epoch={self._epoch})"

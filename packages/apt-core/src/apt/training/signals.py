@@ -1,9 +1,11 @@
-"""Ctrl-C and SIGTERM: the run saves at the end of the step and leaves with the code that shells expect."""
+"""Ctrl-C, SIGTERM and a closed terminal: the run saves at the end of the step and leaves with the right exit code."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,9 +37,14 @@ class StopRequest:
         return self.signum is not None
 
 
+BOUNCE_SECONDS = 0.5
+"""A second signal that comes as soon as this is the same press of the key."""
+
+
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Inside this block the first SIGINT or SIGTERM only sets the request; a second one acts as it would elsewhere.
+    """Inside this block the first SIGINT, SIGTERM or SIGHUP only sets the request, and says so; a second one acts as it
+    would elsewhere. A signal that is ignored (`nohup`) stays so.
 
     Signals can be caught in the main thread alone; elsewhere the request is never set.
     """
@@ -46,12 +53,21 @@ def catch_signals() -> Iterator[StopRequest]:
         yield request
         return
     # None stands for a handler that was not installed from Python, and cannot be put back.
-    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
+    caught = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in caught}
+    before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}
+    asked_at = 0.0
 
     def remember(signum: int, frame: FrameType | None) -> None:
-        request.signum = signum
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        nonlocal asked_at
+        if request.signum is None:
+            request.signum, asked_at = signum, time.monotonic()
+            if signum != getattr(signal, "SIGHUP", None):  # then there is nobody left to read it
+                print("stopping after this step, and saving; once more to leave at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - asked_at >= BOUNCE_SECONDS:
+            for other, handler in before.items():
+                signal.signal(other, handler)
+            signal.raise_signal(signum)
 
     for signum in before:
         signal.signal(signum, remember)

@@ -20,7 +20,7 @@ from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import keep_freed_pages, pick_device, use_bf16
 from apt.core.discovery import Plugins, choose, discover
-from apt.core.errors import AptError, AptWarning, CheckpointError, TrainingError
+from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, TrainingError
 from apt.core.hooks import Hooks, has_hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger, log_to_file
@@ -299,7 +299,13 @@ class Trainer:
         for name in self.schedule.unreached():
             warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
         builder = ModelBuilder(config, self.in_use)
-        model = builder.build_model(vocab_size=config.model.vocab_size or self.tokenizer.vocab_size)
+        vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        if vocab_size < self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size {vocab_size} is smaller than the tokenizer's {self.tokenizer.vocab_size}",
+                hint="leave model.vocab_size out (null), and the tokenizer's is taken",
+            )
+        model = builder.build_model(vocab_size=vocab_size)
         self.model = model.to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         if config.model.align_name:
@@ -347,6 +353,8 @@ class Trainer:
                 f"cannot write to the run's folder {self.run.path}: {error.strerror or error}",
                 hint="free some space, or choose another output_dir",
             ) from error
+        if self.resumed and self.step >= self.total_steps and self.epoch_closed:
+            return  # nothing is left to do, and nothing is to be changed
         write_lock(self.run.lock, slots, self.model, self.modules_by_slot)
         replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
         for slot in slots:
