@@ -6,6 +6,7 @@ torch is what takes time to install, so it is installed no more than three times
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -94,7 +95,7 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def readme(session: nox.Session) -> None:
-    """The README's first shell line, in a fresh clone with an empty home."""
+    """The README's first shell line, in a fresh clone with an empty home; the loss must fall from epoch to epoch."""
     first, _checks = re.findall(r"^```sh\n(.+)\n```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     if session.run("git", "status", "--porcelain", external=True, silent=True):
         session.warn("the clone holds what is committed; this tree holds more")
@@ -102,6 +103,10 @@ def readme(session: nox.Session) -> None:
         session.run("git", "clone", "--quiet", str(ROOT), str(folder / "clone"), external=True)
         with session.chdir(folder / "clone"):
             session.run("bash", "-c", first, env=environment(home), external=True)
+            records = map(json.loads, Path("runs/tiny_debug-1/metrics.jsonl").read_text().splitlines())
+            losses = [record["val_loss"] for record in records if record["event"] == "eval"]
+            if len(losses) != 3 or losses != sorted(losses, reverse=True):
+                session.error(f"the loss did not fall from epoch to epoch: {losses}")
 
 
 def development(session: nox.Session) -> Path:
