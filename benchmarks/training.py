@@ -25,8 +25,8 @@ def main() -> int:
         "--text", default=os.environ.get("APT_SHAKESPEARE"), help="tiny Shakespeare; else $APT_SHAKESPEARE"
     )
     parser.add_argument("--attention", default="mha")
-    parser.add_argument("--stretches", type=int, default=20, help="of each, in turn")
-    parser.add_argument("--steps", type=int, default=25, help="per stretch")
+    parser.add_argument("--stretches", type=int, default=60, help="of each, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="per stretch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--at-least", type=float, help="exit 1 if the ratio is lower")
     args = parser.parse_args()
