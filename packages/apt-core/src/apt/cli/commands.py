@@ -52,8 +52,7 @@ def run_plugin_info_command(args: Namespace) -> int:
     from apt.core.discovery import discover
 
     _check_kind(args.kind)
-    registry = discover().registry
-    _add_scripts(registry)
+    registry = discover().registry_of_a_run()
     info = registry.get_info(args.kind, args.name)
     info["section"] = f"{KINDS[args.kind]}.{info['section']}"
     print(heading(f"{args.kind}:{args.name}"))
@@ -99,7 +98,7 @@ def look_at_plugins() -> Plugins:
     found = find_plugins()
     select(found, choose())
     plugins = load(found)
-    _add_scripts(plugins.registry)
+    plugins.registry = plugins.registry_of_a_run()
     return plugins
 
 
@@ -175,13 +174,6 @@ def _check_kind(kind: str) -> None:
         near = did_you_mean(kind, KINDS, cutoff=HINT)
         hint = f"did you mean {near}?" if near else f"the kinds are {', '.join(KINDS)}"
         raise ConfigError(f"there is no provider kind {kind!r}", hint=hint)
-
-
-def _add_scripts(registry: Registry) -> None:
-    """What the program that calls us has registered itself."""
-    from apt.core.registry import registry as global_registry
-
-    registry.merge(global_registry, plugin="script")
 
 
 def _package(plugin: Plugin) -> str:

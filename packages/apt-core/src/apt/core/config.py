@@ -190,6 +190,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     hardware: HardwareConfig = HardwareConfig()
 
+    @property
+    def sections(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """{"model": {...}, "data": {...}, "training": {...}}: the providers' sections that the profile gives."""
+        return {name: part.sections for name, part in self if isinstance(part, OpenSection)}
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folders(cls, name: str) -> str:

@@ -67,6 +67,14 @@ class Plugins:
     found: list[Plugin]
     registry: Registry = field(default_factory=Registry)
 
+    def registry_of_a_run(self) -> Registry:
+        """A view for one run: what the plugins registered, and what scripts have in the global registry."""
+        from apt.core.registry import registry as global_registry
+
+        view = self.registry.view()
+        view.merge(global_registry, plugin="script")
+        return view
+
     @property
     def loaded(self) -> list[Plugin]:
         return [plugin for plugin in self.found if plugin.module is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -137,6 +137,12 @@ class Hooks:
         self._rebuild()
         return name
 
+    def add_providers(self, providers: Mapping[tuple[str, str], object]) -> None:
+        """Let the providers in use listen that have hooks, each as "kind.name"."""
+        for (kind, name), provider in providers.items():
+            if has_hooks(provider):
+                self.add(provider, f"{kind}.{name}", provider_in_use=True)
+
     def names(self) -> list[str]:
         """The plugins that listen, in the order in which they were added."""
         return [name for name, _ in self.manager.list_name_plugin()]
@@ -151,25 +157,16 @@ class Hooks:
         """
         results: list[tuple[str, Any]] = []
         for call in self._calls.get(hook, ()):
-            if call.effect and call.failures:
-                continue
-            try:
-                result = call.function(*[arguments[name] for name in call.arguments])
-            except (Exception, SystemExit) as error:
-                self._caught(call, hook, error)
-            else:
-                if result is not None:
-                    results.append((call.plugin, result))
+            result = self._result(call, hook, arguments)
+            if result is not None:
+                results.append((call.plugin, result))
         return results
 
     def call_one(self, plugin: str, hook: str, **arguments: Any) -> None:
         """Call `hook` of one plugin alone, if it implements it."""
         for call in self._calls.get(hook, ()):
             if call.plugin == plugin:
-                try:
-                    call.function(*[arguments[name] for name in call.arguments])
-                except (Exception, SystemExit) as error:
-                    self._caught(call, hook, error)
+                self._result(call, hook, arguments)
 
     def chain(self, hook: str, argument: str, value: T, check: Callable[[Any], str | None], **arguments: Any) -> T:
         """Pass `value` through every implementation of `hook`; one that returns None leaves it as it is.
@@ -179,17 +176,8 @@ class Hooks:
             check: says what is wrong with a result, None if nothing is; a wrong one counts as a failure.
         """
         for call in self._calls.get(hook, ()):
-            if call.failures:
-                continue
-            known = {**arguments, argument: value}
-            try:
-                result = call.function(*[known[name] for name in call.arguments])
-                if result is not None and (wrong := check(result)):
-                    raise TypeError(wrong)
-            except (Exception, SystemExit) as error:
-                self._caught(call, hook, error)
-            else:
-                value = value if result is None else result
+            result = self._result(call, hook, {**arguments, argument: value}, check)
+            value = value if result is None else result
         return value
 
     @contextmanager
@@ -229,6 +217,21 @@ class Hooks:
         self._off |= {(plugin, hook) for plugin, _, hook in (where.rpartition(".") for where in wheres)}
         self._rebuild()
 
+    def _result(
+        self, call: _Call, hook: str, arguments: dict[str, Any], check: Callable[[Any], str | None] | None = None
+    ) -> Any:
+        """What one implementation returns; None if it fails, or is an effect that has failed before."""
+        if call.effect and call.failures:
+            return None
+        try:
+            result = call.function(*[arguments[name] for name in call.arguments])
+            if result is not None and check is not None and (wrong := check(result)):
+                raise TypeError(wrong)
+        except (Exception, SystemExit) as error:
+            self._caught(call, hook, error)
+            return None
+        return result
+
     def _caught(self, call: _Call, hook: str, error: BaseException) -> None:
         call.failures += 1
         key = (call.plugin, hook)
@@ -240,7 +243,7 @@ class Hooks:
         if switched_off:
             self._to_switch_off.add(key)
         if not stop:
-            warnings.warn(str(failure), AptWarning, stacklevel=3)
+            warnings.warn(str(failure), AptWarning, stacklevel=4)
             # A traceback holds the frames, and they the step's tensors. The log has it.
             error.__traceback__ = error.__cause__ = error.__context__ = None
         if hook != "on_plugin_failed":

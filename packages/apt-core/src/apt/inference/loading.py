@@ -13,11 +13,10 @@ from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import choose, discover
 from apt.core.errors import CheckpointError
-from apt.core.hooks import Hooks, has_hooks
+from apt.core.hooks import Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
-from apt.core.registry import registry as global_registry
 from apt.core.runs import RunFolder
 from apt.data.prepare import load_saved_tokenizer
 from apt.modeling.backbones.gpt import GPT
@@ -62,10 +61,7 @@ def load_run(
     config = resolve(run.profile).config
     selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
     found = discover(selection, strict=strict)
-    registry = found.registry.view()
-    registry.merge(global_registry, plugin="script")
-    sections = {"model": config.model.sections, "data": config.data.sections, "training": config.training.sections}
-    in_use = ProvidersInUse(registry, sections, strict=strict)
+    in_use = ProvidersInUse(found.registry_of_a_run(), config.sections, strict=strict)
     tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
     # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.
     with torch.random.fork_rng(devices=[]):
@@ -74,9 +70,7 @@ def load_run(
     hooks = Hooks("stop" if strict else config.on_plugin_error)
     for plugin in found.loaded:
         hooks.add(plugin.module, plugin.name)
-    for (kind, name), provider in in_use.providers.items():
-        if has_hooks(provider):
-            hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+    hooks.add_providers(in_use.providers)
     hooks.call("on_model_built", model=model, trainer=None)
     store = CheckpointStore(run.checkpoints)
     step, weights = store.load_weights(_step(store, checkpoint))

@@ -38,8 +38,7 @@ class ModelBuilder:
         registry: Registry | None = None,
     ) -> None:
         self.config = config if isinstance(config, RunConfig) else resolve(config).config
-        sections = {name: getattr(self.config, name).sections for name in ("model", "data", "training")}
-        self.in_use = in_use or ProvidersInUse(registry or installed.view(), sections)
+        self.in_use = in_use or ProvidersInUse(registry or installed.view(), self.config.sections)
 
     def build_attention(self, d_model: int, num_heads: int) -> nn.Module:
         """A causal attention layer of `model.attention_name`, or of the default where that cannot be had.

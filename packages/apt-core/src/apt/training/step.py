@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,11 @@ class Loss:
     """What was minimised: nats per token, extra losses included."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """The extra losses by name; empty where there are none."""
+
+
+def free_name(taken: Container[str], name: str) -> str:
+    """`name`, or another one where core has an entry of its own under it: a plugin's must replace nothing."""
+    return name if name not in taken else f"extra.{name}"
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def accumulate_gradients(
                     "document_ids": batch.document_ids,
                 }
                 for name, part in extra_losses(batch, output.logits, batch.targets, model_state).items():
-                    parts[name if name not in parts else f"extra.{name}"] = part
+                    parts[free_name(parts, name)] = part
         for part in parts.values():
             total = total + part
         if share != 1.0:

@@ -21,13 +21,12 @@ from apt.core.config import RunConfig
 from apt.core.device import keep_freed_pages, pick_device, use_bf16
 from apt.core.discovery import Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, TrainingError
-from apt.core.hooks import Hooks, has_hooks
+from apt.core.hooks import Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger, log_to_file
 from apt.core.monitor import ResourceMonitor
 from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
 from apt.core.providers import Provider
-from apt.core.registry import registry as global_registry
 from apt.core.runs import RunFolder, new_run
 from apt.core.schedules import Schedule
 from apt.data.loader import Batch
@@ -39,8 +38,8 @@ from apt.training.optim import build_optimizer, learning_rate
 from apt.training.progress import Progress
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
-from apt.training.step import accumulate_gradients, dry_run, update
-from apt.training.window import Window, free_name, not_finite, plain_numbers
+from apt.training.step import accumulate_gradients, dry_run, free_name, update
+from apt.training.window import Window, not_finite, plain_numbers
 
 
 class Trainer:
@@ -85,18 +84,9 @@ class Trainer:
         self.resumed = resume is not None
         selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
         self.plugins: Plugins = discover(selection, strict=strict)
-        self.registry = self.plugins.registry.view()
-        self.registry.merge(global_registry, plugin="script")
+        self.registry = self.plugins.registry_of_a_run()
         check_sections(self.config, self.registry, self.profile.origins)
-        self.in_use = ProvidersInUse(
-            self.registry,
-            {
-                "model": self.config.model.sections,
-                "data": self.config.data.sections,
-                "training": self.config.training.sections,
-            },
-            strict=strict,
-        )
+        self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
@@ -313,9 +303,7 @@ class Trainer:
         for name in training.trackers:
             self.in_use.use("tracker", name, lambda provider: provider, optional=True)
         self.in_use.check_conflicts()
-        for (kind, name), provider in self.providers.items():
-            if has_hooks(provider):
-                self.hooks.add(provider, f"{kind}.{name}", provider_in_use=True)
+        self.hooks.add_providers(self.providers)
         self.hooks.call("on_model_built", model=self.model, trainer=self)
         self.optimizer = build_optimizer(self.model, training)
         self.hooks.call("on_optimizer_built", optimizer=self.optimizer, trainer=self)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apt.core.errors import AptWarning
-from apt.training.step import Loss
+from apt.training.step import Loss, free_name
 
 
 class Window:
@@ -83,11 +83,6 @@ def plain_numbers(values: Mapping[str, Any]) -> dict[str, float]:
             kind = type(value).__name__
             warnings.warn(f"the metric {name!r} is passed over: it is no number but {kind}", AptWarning, stacklevel=2)
     return numbers
-
-
-def free_name(record: Mapping[str, Any], name: str) -> str:
-    """`name`, or another one where the record has an entry of its own under it."""
-    return name if name not in record else f"extra.{name}"
 
 
 def not_finite(record: Mapping[str, Any]) -> list[str]:
