@@ -166,12 +166,12 @@ def test_generate_writes_the_prompt_and_its_continuation(run_apt: RunApt, calls:
     run = make_run("runs/tiny_debug-1")
     result = run_apt(
         "generate", "--prompt", "hello", "--max-tokens", "9", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9",
-        "--seed", "7", "--checkpoint", "best", "--device", "cpu", "--no-plugins",
+        "--seed", "7", "--checkpoint", "best", "--device", "cpu", "--no-plugins", "--state", "stable",
     )  # fmt: skip
     assert result == (0, "hello, wörld\n", "")
     assert calls == {
-        "run": run, "device": "cpu", "checkpoint": "best", "plugins": None, "no_plugin": [], "no_plugins": True,
-        "strict": False, "prompt": "hello", "max_new_tokens": 9, "temperature": 0.5, "top_k": 3,
+        "run": run, "device": "cpu", "checkpoint": "best", "state": "stable", "plugins": None, "no_plugin": [],
+        "no_plugins": True, "strict": False, "prompt": "hello", "max_new_tokens": 9, "temperature": 0.5, "top_k": 3,
         "top_p": 0.9, "seed": 7,
     }  # fmt: skip
 

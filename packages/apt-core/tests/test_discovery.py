@@ -74,6 +74,20 @@ def test_a_name_of_the_catalogue_that_is_absent_warns_and_names_its_package(monk
         select(found(), Selection(("align",), source="--plugins"), strict=True)
 
 
+def test_two_names_of_one_absent_package_are_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.core.discovery.how_to_install", lambda package: f"pip install {package}")
+    without_moe = [entry for entry in found() if entry.name != "moe"]
+    selection = Selection(("moe", "one", "align", "routing", "voter"), source="--plugins")
+    with pytest.warns(AptWarning) as warned:
+        assert select(without_moe, selection) == ("apt-plugin-moe", "apt-plugin-align")
+    assert [str(warning.message) for warning in warned] == [
+        "--plugins: plugins 'moe' and 'routing' are not installed; going on without them "
+        "(to get them: pip install apt-plugin-moe)",
+        "--plugins: plugin 'align' is not installed; going on without it (to get it: pip install apt-plugin-align)",
+    ]
+    assert select(found(), Selection(("moe", "routing"), ("align",))) == (), "what is left out is not missed"
+
+
 def test_a_package_that_is_installed_and_brings_too_little_is_to_be_upgraded() -> None:
     assert how_to_install("no-such-package[cuda]") == 'pip install "no-such-package[cuda]"'
     wanted = r'pip install --upgrade "pluggy", for the installed 1\.\S+ does not bring it'

@@ -52,11 +52,23 @@ def refusal(source: Any, overrides: dict[str, Any] | None = None) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_profiles_are_plain_yaml_1_1(path: Path) -> None:
-    profile = resolve(path)
-    assert yaml.safe_load(path.read_text(encoding="utf-8")) == profile.data
+    profile, said = resolve(path), yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "extends" in said:
+        base = resolve(said.pop("extends"))
+        assert flat(profile.data) == flat(base.data) | flat(said)
+    else:
+        assert said == profile.data
     assert profile.config.name == path.stem
     assert profile.config.description
-    assert "extends" not in yaml.safe_load(path.read_text(encoding="utf-8"))
+    if profile.config.smaller_profile is not None:
+        assert resolve(profile.config.smaller_profile).config.smaller_profile != path.stem
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def test_list_profiles() -> None:
@@ -77,6 +89,40 @@ def test_shakespeare_char_is_the_published_setting() -> None:
     assert (training.batch_size, training.max_steps, training.warmup_steps, training.eval_every) == (12, 2000, 100, 250)
     assert (training.learning_rate, training.min_learning_rate, training.beta2) == (1e-3, 1e-4, 0.99)
     assert (config.data.tokenizer, config.data.val_fraction) == ("char", 0.1)
+
+
+def test_gpt5_moe_reasoning_is_the_full_size() -> None:
+    config = resolve("gpt5_moe_reasoning").config
+    model, training = config.model, config.training
+    assert (model.d_model, model.num_heads, model.num_layers, model.d_ff) == (768, 12, 24, 3072)
+    assert (model.vocab_size, model.max_seq_len, model.attention_name) == (50257, 2048, "tva_default")
+    assert (model.router_name, model.align_name) == ("topk_moe", "bistate_default")
+    assert model.sections == {
+        "tva": {"r": 4, "s": 1, "tau": 0.18},
+        "moe": {"enabled": True, "experts": 64, "top_k": 2, "capacity": 1.25, "balance_loss": 0.01},
+        "bistate": {"alpha": 0.35, "beta": 0.20, "tau_align": 0.15},
+    }
+    assert (training.batch_size, training.max_epochs, training.learning_rate) == (32, 50, 3e-5)
+    assert (training.warmup_steps, training.weight_decay, training.gradient_clip) == (1500, 0.015, 1.0)
+    assert training.mixed_precision is True
+    assert config.plugins == ("moe", "align", "routing", "voter")
+    assert config.schedules == {
+        "enable_moe_at_epoch": 2,
+        "enable_align_at_epoch": 3,
+        "route_temp": {"start": 1.5, "end": 0.8, "by": "epoch"},
+        "moe_capacity": {"start": 1.5, "end": 1.1, "by": "epoch", "from_epoch": 2},
+    }
+    assert (config.data.dataset, config.data.tokenizer, config.data.vocab_size) == ("stdlib", "bpe", 50257)
+    assert config.smaller_profile == "moe_reasoning_small"
+
+
+def test_moe_reasoning_small_is_the_same_curriculum() -> None:
+    full, small = resolve("gpt5_moe_reasoning").config, resolve("moe_reasoning_small").config
+    assert (small.schedules, small.plugins, small.smaller_profile) == (full.schedules, full.plugins, None)
+    assert small.model.sections == full.model.sections | {"moe": {**full.model.sections["moe"], "experts": 8}}
+    assert (small.training.max_epochs, small.data.tokenizer, small.model.vocab_size) == (5, "byte", 256)
+    assert (small.training.weight_decay, small.training.gradient_clip) == (0.015, 1.0)
+    assert small.training.mixed_precision == "auto"
 
 
 # Finding

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from pydantic import field_validator
 
+from apt.core.catalogue import SECTIONS
 from apt.core.config import RunConfig, Section
 from apt.core.errors import AptWarning, ConfigError
 from apt.core.profiles import check_sections, list_profiles, resolve, schema
@@ -178,9 +179,13 @@ def test_shipped_profiles_pass_with_what_comes_with_core() -> None:
     apt_register_providers(builtin)
     for name, _ in list_profiles():
         profile = resolve(name)
+        wanted = {SECTIONS[section] for section in profile.config.model.sections if section in SECTIONS}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            check_sections(profile.config, builtin, profile.origins)
+            check_sections(profile.config, builtin, profile.origins, absent=wanted)
+        for package in wanted:
+            with pytest.warns(AptWarning, match=f"no installed plugin reads it; .*{package}"):
+                check_sections(profile.config, builtin, profile.origins, absent=wanted - {package})
 
 
 # The JSON Schema

@@ -57,6 +57,7 @@ What a hook may rely on, `trainer`:
 | `epoch` | the epoch the run is in |
 | `step` | how many optimizer steps are done: the hook's `step` before the update, `step + 1` after it |
 | `steps_per_epoch`, `total_steps` | how long it is |
+| `note(text)` | tells the user something: one line on the console and in the run's log |
 | `extra_metrics` | {name: number or 0-d tensor} to add to: they join the next record of `on_log` and are then cleared |
 
 and `model_state`, a new dict for each micro-batch:
@@ -67,6 +68,11 @@ and `model_state`, a new dict for each micro-batch:
 | `hidden` | [B, T, D], the last hidden states, after the final norm |
 | `aux_loss` | 0-d tensor, the sum of what the FFN layers returned, or None |
 | `document_ids` | int64 [B, T], or None where documents are not kept apart |
+
+An average of the weights is kept as `optimizer.state[parameter][NAME]`, a floating-point tensor shaped like the
+parameter, beside what AdamW keeps there: so it is saved and resumed with no code of its own, and `apt eval` and
+`apt generate` use it in place of the weights with `--state NAME`. Write it only where the parameter's state is not
+empty: AdamW takes an empty one as its sign to begin, and a parameter that was never trained needs no average.
 
 Failure has two kinds. A hook marked *observer* only looks: if it raises, the others still run, the traceback goes to
 the run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apt.checkpoint.averages import averages
 from apt.checkpoint.codec import decode, encode, portable
 from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
 from apt.core.errors import AptWarning, CheckpointError
@@ -155,6 +156,24 @@ class CheckpointStore:
     def load_weights(self, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
         """Read a checkpoint's weights alone, verified; return its step and the weights. For the rest as `load`."""
         return self._first_good(step, _load_weights)
+
+    def load_average(self, name: str, step: int | None = None) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+        """Read a checkpoint's weights and an average of them; return its step and both. For the rest as `load`.
+
+        A parameter that was never trained has none: the average lacks it.
+
+        Raises:
+            CheckpointError: as `load`, or the checkpoint holds no average of that name.
+        """
+        saved, weights, optimizer = self._first_good(step, _load_with_optimizer)
+        found = averages(optimizer, weights)
+        if name not in found:
+            held = f"it holds {', '.join(found)}" if found else "this run keeps no averages of its weights"
+            raise CheckpointError(
+                f"the checkpoint of step {saved} holds no state {name!r}: {held}",
+                hint="name one that it holds, or leave --state out" if found else "leave --state out",
+            )
+        return saved, weights, found[name]
 
     def _first_good(self, step: int | None, read: Callable[[Path, int], T]) -> T:
         folders = self._folders()
@@ -327,6 +346,11 @@ def _load(folder: Path, step: int) -> Checkpoint:
 def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
     _verify(folder, step, only=MODEL)
     return step, _read_tensors(folder / MODEL)
+
+
+def _load_with_optimizer(folder: Path, step: int) -> tuple[int, dict[str, Tensor], Any]:
+    checkpoint = _load(folder, step)
+    return step, checkpoint.model, checkpoint.optimizer
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def run_profile_show_command(args: Namespace) -> int:
     from apt.core.profiles import check_sections, dump_yaml, resolve
 
     profile = resolve(args.profile, parse_overrides(args.overrides))
-    check_sections(profile.config, discover(choose(profile=profile.config.plugins)).registry, profile.origins)
+    plugins = discover(choose(profile=profile.config.plugins))
+    check_sections(profile.config, plugins.registry, profile.origins, plugins.absent)
     print(dump_yaml(profile.config.model_dump(mode="json")), end="")
     return 0
 

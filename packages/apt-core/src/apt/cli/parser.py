@@ -234,6 +234,9 @@ def _add_run(parser: Parser) -> None:
         metavar="C",
         help="best, last, or the steps behind it, as in step-00000300 (last)",
     )
+    parser.add_argument(
+        "--state", metavar="S", help="an average of the weights that the run keeps, such as stable (the weights)"
+    )
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
 
 

@@ -65,7 +65,7 @@ def run_generate_command(args: Namespace) -> int:
 
     from apt.inference.generator import Generator
 
-    generator = Generator.from_run(run, device=args.device, checkpoint=args.checkpoint, **_selection(args))
+    generator = Generator.from_run(run, **_of_the_run(args))
     pieces = generator.stream(
         prompt,
         max_new_tokens=args.max_tokens,
@@ -88,17 +88,16 @@ def run_eval_command(args: Namespace) -> int:
 
     from apt.evaluation.evaluate import evaluate_run
 
-    metrics = evaluate_run(
-        run, device=args.device, checkpoint=args.checkpoint, batches=args.batches, **_selection(args)
-    )
+    metrics = evaluate_run(run, batches=args.batches, **_of_the_run(args))
+    measured = {"run": str(run.path)} | ({"state": args.state} if args.state is not None else {})
     if args.json:
         import json
 
-        print(json.dumps({"run": str(run.path), **metrics}))
+        print(json.dumps({**measured, **metrics}))
         return 0
     from apt.cli.screen import columns
 
-    rows = [("run", str(run.path)), *((name, _readable(value)) for name, value in metrics.items())]
+    rows = [*measured.items(), *((name, _readable(value)) for name, value in metrics.items())]
     print("\n".join(columns(rows, indent=0)))
     return 0
 
@@ -153,6 +152,11 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def _of_the_run(args: Namespace) -> dict[str, Any]:
+    """What `load_run` is to open, and with what."""
+    return {name: getattr(args, name) for name in ("device", "checkpoint", "state")} | _selection(args)
 
 
 def _selection(args: Namespace) -> dict[str, Any]:

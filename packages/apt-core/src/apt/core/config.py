@@ -176,6 +176,8 @@ class RunConfig(Section):
     """The profile's name, of letters, digits, `_`, `.` and `-`; the run's folder is called after it."""
     description: str = ""
     """One line for `apt profile list`."""
+    smaller_profile: str | None = None
+    """The profile to train where this one does not fit into memory."""
     plugins: tuple[str, ...] | None = None
     """The plugins that may be used; all that are installed if left out, none if empty."""
     on_plugin_error: Literal["drop", "stop"] = "drop"

@@ -6,7 +6,9 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt.core.errors import DeviceError
@@ -97,6 +99,44 @@ def describe_hardware() -> Hardware:
             properties = torch.cuda.get_device_properties(index)
             gpus.append((properties.name, properties.total_memory))
     return Hardware(_cpu_name(), cores, psutil.virtual_memory().total, cpu_has_bf16(), tuple(gpus))
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a process may use on `device`, at most; None if that is not known.
+
+    On the CPU the machine's, or the limit of the process's control group (a container's) where that is lower.
+    """
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type in ("cpu", "mps"):
+        return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
+    return None
+
+
+def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """The memory limits of the control groups that this process is in, the groups around them included."""
+    try:
+        lines = proc.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = mounted, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = mounted / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # In a container the path may be the host's, of which only the group around it all is to be seen.
+        for folder in (group, *group.parents[: len(group.parents) - len(root.parents)]):
+            with suppress(OSError, ValueError):  # not there, or "max"
+                limits.append(int((folder / name).read_text()))
+    return limits
 
 
 def keep_freed_pages() -> bool:

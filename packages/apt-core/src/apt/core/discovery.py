@@ -66,6 +66,8 @@ class Plugins:
 
     found: list[Plugin]
     registry: Registry = field(default_factory=Registry)
+    absent: tuple[str, ...] = ()
+    """The packages that were asked for, are not installed, and have been named in a warning."""
 
     def registry_of_a_run(self) -> Registry:
         """A view for one run: what the plugins registered, and what scripts have in the global registry."""
@@ -127,13 +129,14 @@ def choose(
     return Selection(names, (*no_plugin, *disabled), source)
 
 
-def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -> None:
-    """Mark what is not selected as disabled.
+def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -> tuple[str, ...]:
+    """Mark what is not selected as disabled; return the packages that are asked for and absent, each warned of once.
 
     Raises:
         PluginError: a name that is neither installed nor in the catalogue; with `strict`, one that is not installed.
     """
     installed = {plugin.name for plugin in found}
+    absent: dict[str, list[str]] = {}
     for name, source in [
         *((name, selection.source) for name in selection.names or ()),
         *((name, "--no-plugin or APT_DISABLE_PLUGINS") for name in selection.excluded),
@@ -147,13 +150,17 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
                 f"{source}: there is no plugin {name!r}",
                 hint=f"did you mean {near!r}?" if near else f"installed: {known}",
             )
-        if name in selection.excluded:
-            continue
-        message = f"{source}: plugin {name!r} is not installed"
+        if name not in selection.excluded:
+            absent.setdefault(PLUGINS[name], []).append(name)
+    for package, names in absent.items():
+        one, fix = len(names) == 1, how_to_install(package)
+        message = f"{selection.source}: " + (
+            f"plugin {names[0]!r} is not installed" if one else f"plugins {_all_of(names)} are not installed"
+        )
         if strict:
-            raise PluginError(message, hint=how_to_install(PLUGINS[name]))
-        fix = how_to_install(PLUGINS[name])
-        warnings.warn(f"{message}; going on without it (to get it: {fix})", AptWarning, stacklevel=3)
+            raise PluginError(message, hint=fix)
+        it = "it" if one else "them"
+        warnings.warn(f"{message}; going on without {it} (to get {it}: {fix})", AptWarning, stacklevel=3)
     wanted = None if selection.names is None else {ENTRY_POINTS.get(name, name) for name in selection.names}
     excluded = {ENTRY_POINTS.get(name, name) for name in selection.excluded}
     if BUILTIN in excluded:
@@ -168,6 +175,7 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
             plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS")
         elif wanted is not None and plugin.name not in wanted:
             plugin.refuse("disabled", f"not among {selection.source}")
+    return tuple(absent)
 
 
 def load(found: list[Plugin]) -> Plugins:
@@ -186,8 +194,9 @@ def discover(selection: Selection | None = None, *, strict: bool = False) -> Plu
         PluginError: see `select`; with `strict`, for any selected plugin whose status is not ok.
     """
     found = find_plugins()
-    select(found, selection if selection is not None else choose(), strict=strict)
+    absent = select(found, selection if selection is not None else choose(), strict=strict)
     plugins = load(found)
+    plugins.absent = absent
     for plugin in plugins.found:
         if plugin.status in ("ok", "disabled"):
             continue
@@ -278,6 +287,10 @@ def _name_and_version(distribution: Any) -> tuple[str | None, str | None]:
         key, _, value = line.partition(":")
         fields.setdefault(key.lower(), value.strip())
     return fields.get("name"), fields.get("version")
+
+
+def _all_of(names: list[str]) -> str:
+    return " and ".join(map(repr, dict.fromkeys(names)))
 
 
 def _split(names: str) -> tuple[str, ...]:

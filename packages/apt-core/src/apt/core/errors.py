@@ -62,11 +62,15 @@ class CheckpointError(AptError):
 
 
 class DeviceError(AptError):
-    """The hardware that was asked for is not here."""
+    """The hardware that was asked for is not here, or too small for the run."""
 
 
 class TrainingError(AptError):
     """A run cannot go on: the loss is not finite, or an effect failed under `on_plugin_error: stop`."""
+
+
+class NotFiniteError(TrainingError):
+    """The loss or the weights are NaN or infinite: what the run has become is not worth saving."""
 
 
 class AptWarning(UserWarning):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MAX_OBSERVER_FAILURES = 3
 
+GENERATION = frozenset({"on_generation_start", "on_next_token"})
+"""The hooks that are called while text is generated."""
+
 OnPluginError = Literal["drop", "stop"]
 
 T = TypeVar("T")
@@ -49,8 +52,9 @@ class Failure:
         kind = type(self.error).__name__
         ending = ""
         if self.switched_off:
+            what = "generation" if self.hook in GENERATION else "training"
             ending = (
-                "; training goes on without it"
+                f"; {what} goes on without it"
                 if self.effect
                 else f"; switched off after {MAX_OBSERVER_FAILURES} failures"
             )
@@ -250,7 +254,7 @@ class Hooks:
             self.call("on_plugin_failed", failure=failure)
         if stop:
             raise TrainingError(
-                f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to train without it"
+                f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to go on without it"
             ) from error
 
     def _log(self, failure: Failure) -> None:

@@ -7,7 +7,7 @@ kept and named in a warning, unless its name is a slip of one that is read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from apt.core.catalogue import KINDS, SECTIONS, how_to_install
@@ -25,7 +25,9 @@ PARENTS = tuple(dict.fromkeys(KINDS.values()))
 """The sections of a profile that hold sections of providers."""
 
 
-def check_sections(config: RunConfig, registry: Registry, origins: Mapping[Path, str]) -> None:
+def check_sections(
+    config: RunConfig, registry: Registry, origins: Mapping[Path, str], absent: Container[str] = ()
+) -> None:
     """Check every provider's section with the model of the provider that reads it.
 
     A section that several providers read has to fit one of them. One that no registered provider reads is passed over
@@ -34,6 +36,7 @@ def check_sections(config: RunConfig, registry: Registry, origins: Mapping[Path,
     Args:
         registry: what is installed and selected.
         origins: where each value was given, as in `Profile.origins`.
+        absent: packages that have been named as not installed: their sections need no second word.
 
     Raises:
         ConfigError: a section does not fit, or its name is a slip of a known one; one line for each problem.
@@ -50,8 +53,7 @@ def check_sections(config: RunConfig, registry: Registry, origins: Mapping[Path,
                 problems.append(Problem(path, "unknown section", f"did you mean {near!r}?"))
             elif name in type(config).model_fields:
                 problems.append(Problem(path, "unknown section", f"did you mean {name!r} at the top level?"))
-            else:
-                package = SECTIONS.get(name)
+            elif (package := SECTIONS.get(name)) not in absent:
                 fix = how_to_install(package) if package else "install the plugin that does, or take it out"
                 warnings.warn(
                     f"{locate(path, origins)}kept, but no installed plugin reads it; {fix}", AptWarning, stacklevel=2

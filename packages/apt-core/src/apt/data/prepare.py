@@ -9,14 +9,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from apt.core.cache import cache_dir
 from apt.core.config import DataConfig, RunConfig
-from apt.core.errors import AptWarning, ConfigError, DataError
+from apt.core.errors import AptError, AptWarning, ConfigError, DataError, ProviderError
 from apt.core.in_use import ProvidersInUse
 from apt.core.providers.dataset import DatasetProvider, Piece
 from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
@@ -28,6 +29,9 @@ Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the bytes of text done, and the bytes in all if they are known."""
 
 PROGRESS_SECONDS = 0.05
+
+TOKENIZER_HAS = ("vocab_size", "eos_id", "encode", "decode", "save")
+"""What is used of a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +67,30 @@ def prepare_data(
 
     Raises:
         ConfigError: the profile names no dataset.
-        ProviderError: a dataset or tokenizer that the profile names cannot be had; nothing stands in for one.
+        ProviderError: a dataset or tokenizer that the profile names cannot be had, or fails; nothing stands in for one.
         DataError: the text cannot be read or tokenized, or is too short.
     """
     _hand_down(config.data, in_use)
     texts = _texts(config.data, in_use, progress)
     fingerprints = [text.fingerprint() for text in texts]
+    name = _tokenizer_name(config.data)
     if tokenizer_path is not None:
         tokenizer = load_saved_tokenizer(config, in_use, tokenizer_path)
     else:
-        builder: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
-        tokenizer = builder.build(lambda: chain.from_iterable(text.pieces("building the tokenizer") for text in texts))
+        builder: TokenizerProvider = _use(in_use, "tokenizer", name)
+
+        def pieces() -> Iterator[Piece]:
+            return chain.from_iterable(text.pieces("building the tokenizer") for text in texts)
+
+        with _blaming("tokenizer", name):
+            tokenizer = _complete(builder.build(pieces))
 
     cache_root = config.data.cache_dir
     folder = cache_dir("tokens", None if cache_root is None else Path(cache_root).expanduser())
-    identity = _identity(tokenizer)
-    keys = [_digest(FORMAT_VERSION, fingerprint, identity) for fingerprint in fingerprints]
-    streams = [text.tokens(folder, key, tokenizer) for text, key in zip(texts, keys, strict=True)]
+    with _blaming("tokenizer", name):
+        identity = _identity(tokenizer)
+        keys = [_digest(FORMAT_VERSION, fingerprint, identity) for fingerprint in fingerprints]
+        streams = [text.tokens(folder, key, tokenizer) for text, key in zip(texts, keys, strict=True)]
     if len(streams) == 1:
         cut = int(len(streams[0]) * (1 - config.data.val_fraction))
         streams = [streams[0].slice(0, cut), streams[0].slice(cut, len(streams[0]))]
@@ -100,12 +111,14 @@ def load_saved_tokenizer(config: RunConfig, in_use: ProvidersInUse, path: Path) 
     """The tokenizer that a run has saved, loaded by the provider that its profile names.
 
     Raises:
-        ProviderError: the provider cannot be had.
+        ProviderError: the provider cannot be had, or fails.
         DataError: the file cannot be read, or holds no tokenizer.
     """
     _hand_down(config.data, in_use)
-    provider: TokenizerProvider = _use(in_use, "tokenizer", _tokenizer_name(config.data))
-    return provider.load(path)
+    name = _tokenizer_name(config.data)
+    provider: TokenizerProvider = _use(in_use, "tokenizer", name)
+    with _blaming("tokenizer", name):
+        return _complete(provider.load(path))
 
 
 def _hand_down(data: DataConfig, in_use: ProvidersInUse) -> None:
@@ -140,10 +153,10 @@ def _texts(data: DataConfig, in_use: ProvidersInUse, progress: Progress | None) 
             stacklevel=3,
         )
     label = os.path.expanduser(files["train_path"]) if name == "files" else f"the dataset {name!r}"
-    texts = [_Text(_use(in_use, "dataset", name), label, progress)]
+    texts = [_Text(_use(in_use, "dataset", name), name, label, progress)]
     if data.val_path is not None:
         held_out = FilesDataset({**files, "train_path": data.val_path})
-        texts.append(_Text(held_out, os.path.expanduser(data.val_path), progress))
+        texts.append(_Text(held_out, "files", os.path.expanduser(data.val_path), progress))
     return texts
 
 
@@ -168,6 +181,27 @@ def _loader(config: RunConfig, tokens: Tokens, name: str) -> TokenLoader:
     )
 
 
+@contextmanager
+def _blaming(kind: str, name: str) -> Iterator[None]:
+    """What a provider raises inside this block that says nothing to a user comes out as an error that names it."""
+    try:
+        yield
+    except (AptError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ProviderError(
+            f"{kind}:{name} failed: {type(error).__name__}: {error}",
+            hint=f"mend the plugin that brings it, or choose another data.{kind}; --debug shows where",
+        ) from error
+
+
+def _complete(tokenizer: Any) -> Tokenizer:
+    """`tokenizer`, if it has what one must have."""
+    if missing := [name for name in TOKENIZER_HAS if not hasattr(tokenizer, name)]:
+        raise TypeError(f"it built {type(tokenizer).__name__}, which has no {', '.join(missing)}")
+    return cast(Tokenizer, tokenizer)
+
+
 def _identity(tokenizer: Tokenizer) -> str:
     """What a tokenizer does, as a hash: of its class and of all that it saves."""
     with tempfile.TemporaryDirectory() as folder:
@@ -184,17 +218,19 @@ def _digest(*parts: Any) -> bytes:
 class _Text:
     """A dataset and what the user calls it: passes over it show progress, and errors say which it was."""
 
-    def __init__(self, dataset: DatasetProvider, label: str, progress: Progress | None) -> None:
+    def __init__(self, dataset: DatasetProvider, name: str, label: str, progress: Progress | None) -> None:
         self.dataset = dataset
+        self.name = name
         self.label = label
         self._progress = progress
         self._total: int | None = None
 
     def fingerprint(self) -> str:
         try:
-            self._total = self.dataset.size_hint()
-            self._tell("reading", 0, self._total)
-            found = self.dataset.fingerprint()
+            with _blaming("dataset", self.name):
+                self._total = self.dataset.size_hint()
+                self._tell("reading", 0, self._total)
+                found = self.dataset.fingerprint()
         except OSError as error:
             raise self._unreadable(error) from error
         self._tell("reading", self._total or 0, self._total or 0)
@@ -204,13 +240,16 @@ class _Text:
     def pieces(self, stage: str) -> Iterator[Piece]:
         done, told = 0, float("-inf")
         try:
-            for piece in self.dataset.pieces():
-                yield piece
-                done += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8"))
-                now = time.monotonic()
-                if now - told >= PROGRESS_SECONDS:
-                    self._tell(stage, done, self._total)
-                    told = now
+            with _blaming("dataset", self.name):
+                for piece in self.dataset.pieces():
+                    if not isinstance(piece, Piece):
+                        raise TypeError(f"it must yield Piece(text), not {type(piece).__name__}")
+                    yield piece
+                    done += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8"))
+                    now = time.monotonic()
+                    if now - told >= PROGRESS_SECONDS:
+                        self._tell(stage, done, self._total)
+                        told = now
         except OSError as error:
             raise self._unreadable(error) from error
         done = self._total or done  # the size was a guess: the stage is over all the same

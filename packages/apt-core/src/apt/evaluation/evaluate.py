@@ -64,6 +64,7 @@ def evaluate_run(
     *,
     device: str = "auto",
     checkpoint: str | int | None = None,
+    state: str | None = None,
     batches: int | None = None,
     **plugins: Any,
 ) -> dict[str, float]:
@@ -73,13 +74,14 @@ def evaluate_run(
         run: the run's folder.
         device: as `hardware.device`.
         checkpoint: "last", "best" or a step; None for the last one.
+        state: an average of the weights to measure in their place, as `load_run` takes it.
         batches: stop after so many; None measures all.
         **plugins: `plugins`, `no_plugin`, `no_plugins`, `strict`, as `load_run` takes them.
 
     Raises:
         CheckpointError, DataError, ConfigError: the run, or the text it was trained on, cannot be read.
     """
-    loaded = load_run(run, device=device, checkpoint=checkpoint, **plugins)
+    loaded = load_run(run, device=device, checkpoint=checkpoint, state=state, **plugins)
     data = prepare_data(loaded.config, loaded.in_use, tokenizer_path=run.tokenizer)
     metrics = evaluate(loaded.model, data.val, loaded.config.training.batch_size, loaded.device, batches)
     return {"step": float(loaded.step), **metrics}

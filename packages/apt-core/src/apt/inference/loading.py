@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock
 from apt.checkpoint.store import CheckpointStore
@@ -42,6 +43,7 @@ def load_run(
     *,
     device: str = "auto",
     checkpoint: str | int | None = None,
+    state: str | None = None,
     plugins: Iterable[str] | None = None,
     no_plugin: Iterable[str] = (),
     no_plugins: bool = False,
@@ -53,10 +55,12 @@ def load_run(
         run: the run's folder.
         device: as `hardware.device`.
         checkpoint: "last", "best" or a step; None for the last one.
+        state: an average of the weights to use in their place, such as "stable"; what has none keeps its weight.
         plugins, no_plugin, no_plugins, strict: as the command line's options of those names.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or a provider that made it is not here.
+        CheckpointError: there is no such checkpoint, it is damaged or holds no such state, or a provider that made it
+            is not here.
     """
     config = resolve(run.profile).config
     selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
@@ -73,9 +77,16 @@ def load_run(
     hooks.add_providers(in_use.providers)
     hooks.call("on_model_built", model=model, trainer=None)
     store = CheckpointStore(run.checkpoints)
-    step, weights = store.load_weights(_step(store, checkpoint))
+    chosen = _step(store, checkpoint)
+    average: dict[str, Tensor] = {}
+    if state is None:
+        step, weights = store.load_weights(chosen)
+    else:
+        step, weights, average = store.load_average(state, chosen)
     try:
         model.load_state_dict(weights)
+        # Over the weights, and not merged into them: a tensor with two names in the model has one in the average.
+        model.load_state_dict(average, strict=False)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         raise CheckpointError(

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from apt.core.in_use import Slot
+from apt.hookspecs import hookimpl
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line about the step comes at most this often."""
@@ -110,6 +111,10 @@ class Progress:
             self._line_shown = time.monotonic()
             self._print(f"{self._title()}: step {step:,}  {numbers}")
 
+    def note(self, text: str) -> None:
+        """What a plugin has to say, on a line of its own."""
+        self._print(text)
+
     def on_evaluation_end(self, metrics: Mapping[str, float], trainer: Any) -> None:
         self._evaluation = dict(metrics)
         in_mid_epoch = trainer.batch_index < trainer.steps_per_epoch and trainer.step < trainer.total_steps
@@ -123,12 +128,16 @@ class Progress:
         speed = f"{sum(self._speed) / len(self._speed):,.0f} tokens/s" if self._speed else ""
         self._print(f"{self._title()}: {' '.join(parts)}  {speed}  {seconds:.1f} s")
 
+    # Last of all: what fails in another one's hook belongs into the summary.
+
+    @hookimpl(trylast=True)
     def on_training_end(self, trainer: Any) -> None:
         self._close_bar()
         self._summary(trainer)
         self._print(f"Training is complete. The run lies in {trainer.run_dir}")
         self._print(f'Next: apt generate {trainer.run_dir} --prompt "The"')
 
+    @hookimpl(trylast=True)
     def on_exception(self, error: BaseException, trainer: Any) -> None:
         self._close_bar()
         self._summary(trainer)

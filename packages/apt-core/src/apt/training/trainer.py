@@ -20,7 +20,7 @@ from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import keep_freed_pages, pick_device, use_bf16
 from apt.core.discovery import Plugins, choose, discover
-from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, TrainingError
+from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
 from apt.core.hooks import Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger, log_to_file
@@ -33,6 +33,7 @@ from apt.data.loader import Batch
 from apt.data.prepare import prepare_data
 from apt.evaluation.evaluate import evaluate
 from apt.modeling.compose import ModelBuilder
+from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
 from apt.training.progress import Progress
@@ -85,7 +86,7 @@ class Trainer:
         selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
         self.plugins: Plugins = discover(selection, strict=strict)
         self.registry = self.plugins.registry_of_a_run()
-        check_sections(self.config, self.registry, self.profile.origins)
+        check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
         self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
@@ -112,6 +113,11 @@ class Trainer:
             PluginError: a method does not fit its hook.
         """
         self.hooks.add(hook)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about the run: one line on the console and in run.log."""
+        self.progress.note(text)
+        self.logger.info("%s", text)
 
     @property
     def run_dir(self) -> Path:
@@ -156,8 +162,8 @@ class Trainer:
         self.hooks.call("on_training_start", trainer=self)
         while self.step < self.total_steps or not self.epoch_closed:
             self._run_epoch()
-        for name in self.schedule.unread():
-            warnings.warn(f"schedules.{name}: nothing in this run has asked for it", AptWarning, stacklevel=2)
+        if unread := ", ".join(self.schedule.unread()):
+            warnings.warn(f"schedules: nothing in this run has asked for {unread}", AptWarning, stacklevel=2)
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
@@ -247,10 +253,10 @@ class Trainer:
                 raise self._not_finite("the weights")
             self.store.save(capture(self))
 
-    def _not_finite(self, what: str) -> TrainingError:
+    def _not_finite(self, what: str) -> NotFiniteError:
         saved = self.store.latest()
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
-        return TrainingError(
+        return NotFiniteError(
             f"not finite at step {self.step}: {what}; {kept}",
             hint="lower training.learning_rate, or set training.gradient_clip",
         )
@@ -279,6 +285,7 @@ class Trainer:
             torch.set_num_threads(config.hardware.threads)
         if self.device.type == "cpu":
             keep_freed_pages()
+        check_memory(config, self.registry, self.device, config.model.vocab_size)
         torch.manual_seed(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
         self.data = prepare_data(config, self.in_use, tokenizer_path=tokenizer_path, progress=self.progress.preparing)
@@ -295,8 +302,9 @@ class Trainer:
                 f"model.vocab_size {vocab_size} is smaller than the tokenizer's {self.tokenizer.vocab_size}",
                 hint="leave model.vocab_size out (null), and the tokenizer's is taken",
             )
-        model = builder.build_model(vocab_size=vocab_size)
-        self.model = model.to(self.device)
+        if config.model.vocab_size is None:
+            check_memory(config, self.registry, self.device, vocab_size)
+        self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         if config.model.align_name:
             self.in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
@@ -376,10 +384,10 @@ class Trainer:
             ) from error
 
     def _save_what_is_whole(self, error: BaseException) -> bool:
-        """Save after an error, unless it came in the middle of an update, or from saving, or nobody wants to wait."""
+        """Save after an error, unless it came in mid-update or from saving, or the state is bad, or nobody waits."""
         if not self._looping or self._updating or not isinstance(error, Exception):
             return False
-        if isinstance(error, Interrupted | CheckpointError):
+        if isinstance(error, Interrupted | CheckpointError | NotFiniteError):
             return False
         if self._rng_before_step is not None:
             # The step that failed is done again after a resume, with the numbers it had drawn (on a CPU).

@@ -29,7 +29,7 @@ class AlignProvider(Provider):
         """
 
     def extra_losses(
-        self, trainer: Any, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
+        self, trainer: Any, batch: Any, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
     ) -> dict[str, Tensor]:
         """Joins the loss before `backward`: an alignment in use needs no hook of its own for that."""
         return {self.get_name(): self.compute_align_loss(logits, targets, model_state)}

@@ -73,7 +73,9 @@ class TransformerBlock(Part):
             self._check(context)
             if self.takes_context:
                 options["context"] = context
-        x_BTD = x_BTD + self.dropout(self.attention(normed, normed, normed, **options)[0])
+        mixed = self.attention(normed, normed, normed, **options)
+        # An output without weights beside it must not be taken apart: its first row would be added to every row.
+        x_BTD = x_BTD + self.dropout(mixed[0] if isinstance(mixed, tuple) else mixed)
         out = self.ffn(self.norm2(x_BTD))
         out_BTD, aux_loss = out if isinstance(out, tuple) else (out, None)
         return x_BTD + out_BTD, aux_loss

@@ -1,0 +1,80 @@
+"""Whether a model fits into memory, told from its shapes alone: nothing of its size is allocated to find out."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from apt.core.config import RunConfig
+from apt.core.device import memory_of
+from apt.core.errors import DeviceError
+from apt.core.in_use import ProvidersInUse
+from apt.core.registry import Registry
+from apt.modeling.compose import ModelBuilder
+
+TENSORS_PER_WEIGHT = 4
+"""A weight in training has a gradient and AdamW's two moments, each of its own size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What training a model takes."""
+
+    parameters: int
+    memory: int
+    """Bytes of weights, buffers, gradients and moments. A lower bound: activations come on top."""
+
+
+def check_memory(config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None) -> None:
+    """Refuse a model that cannot be trained on `device`, before any of it is allocated.
+
+    Args:
+        registry: the run's view of the providers, which is left as it is.
+        vocab_size: rows of the embedding; while they are not known, nothing is refused.
+
+    Raises:
+        DeviceError: even without activations it does not fit.
+    """
+    has = memory_of(device)
+    need = need_of(config, registry, vocab_size) if has is not None and vocab_size is not None else None
+    if has is None or need is None or need.memory <= has:
+        return
+    there = f"{device} has {has / 1e9:,.1f} GB" if device.type == "cuda" else f"there are {has / 1e9:,.1f} GB here"
+    smaller = config.smaller_profile
+    raise DeviceError(
+        f"a model of {_short(need.parameters)} parameters needs at least {need.memory / 1e9:,.1f} GB for weights, "
+        f"gradients and AdamW's moments, before any activation, and {there}",
+        hint=f"train {smaller} instead: apt train -p {smaller}"
+        if smaller
+        else "lower model.num_layers or model.d_model, or take a larger machine",
+    )
+
+
+def need_of(config: RunConfig, registry: Registry, vocab_size: int) -> Need | None:
+    """What the model of a profile needs; None if it cannot be told, as of layers that cannot be built without memory.
+
+    The model is built on the meta device, with provider instances of its own and without a word: the real one warns,
+    falls back and is refused where it is built.
+    """
+    view = registry.view()
+    in_use = ProvidersInUse(view, config.sections)
+    # Layers that draw on the CPU whatever the device is shall not change what the real ones draw.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            model = ModelBuilder(config, in_use).build_model(vocab_size=vocab_size)
+        except Exception:
+            return None
+    installed = {(claim.kind, claim.name) for claim in view.claims()}
+    if any(slot.is_fallback and (slot.kind, slot.requested) in installed for slot in in_use.slots.values()):
+        return None  # one that is here and fails on the meta device may well be built where there is memory
+    weights = list(model.parameters())
+    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    fixed = sum(tensor.nbytes for tensor in (*weights, *model.buffers())) - trained
+    return Need(sum(weight.numel() for weight in weights), TENSORS_PER_WEIGHT * trained + fixed)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
