@@ -1,3 +1,12 @@
-"""What APT loads of this package: the contract it was written for. It registers no providers yet."""
+"""What APT loads of this package: the router, as an import string."""
+
+from typing import Any
+
+from apt.hookspecs import hookimpl
 
 API_VERSION = (1, 0)
+
+
+@hookimpl
+def apt_register_providers(registry: Any) -> None:
+    registry.register("router", "topk_moe", "apt_plugin_moe.router:MoERouter", version="1.0.0", section="moe")
