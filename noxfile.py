@@ -91,6 +91,35 @@ def wheels(session: nox.Session) -> None:
         if "moe" not in listing:
             session.error(f"apt plugin-list does not show the plugin moe:\n{listing}")
         session.run("apt", "train", "--profile", "tiny_debug", "--training.max_steps", "3", env=env)
+        check_curriculum(session, env)
+
+
+def check_curriculum(session: nox.Session, env: dict[str, str | None]) -> None:
+    """A run that changes in its course, with what it names installed and without; five short epochs."""
+    short = ("--epochs", "5", "--data.stdlib.max_bytes", "60000", "--model.d_model", "32", "--model.max_seq_len", "32")
+    train = ("apt", "train", "-p", "moe_reasoning_small", *short)
+    steps = {
+        "core and moe": [
+            "apt-plugin-align",
+            "MoE is on (epoch=2",
+            "MoE capacity 1.50 ",
+            "MoE capacity 1.37 ",
+            "Epoch 5/5",
+        ],
+        "core, moe and align": ["MoE is on (epoch=2", "Alignment is on (epoch=3", "Epoch 5/5", "Training is complete"],
+        "core": ["apt-plugin-moe", "apt-plugin-align", "using no router instead", "Epoch 5/5", "Training is complete"],
+    }
+    for installed, wanted in steps.items():
+        if installed == "core, moe and align":
+            session.install("--no-index", "--find-links", str(DIST), "--no-deps", "apt-plugin-align")
+        if installed == "core":
+            session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "apt-plugin-moe", "apt-plugin-align")
+            refused = str(session.run(*train, "--strict", env=env, silent=True, success_codes=[2]))
+            if "apt-plugin-moe" not in refused:
+                session.error(f"--strict does not name the package that is missing:\n{refused}")
+        said = str(session.run(*train, env=env, silent=True))
+        if missing := [text for text in wanted if text not in said]:
+            session.error(f"with {installed} installed, the run does not say {missing}:\n{said}")
 
 
 @nox.session(venv_backend="none")

@@ -1,7 +1,9 @@
-"""The snippets and commands of the migration guide's first stage, and of its schedules, as they stand there."""
+"""The snippets and commands of the migration guide's first two stages. Those of the first, and of the schedules, are as
+they stand there; the experts and the alignment come from the packages that bring them."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,12 +73,56 @@ assert temp_e0 == 1.5
 assert 1.0 < temp_e5 < 1.5
 assert temp_e10 == 0.8
 """,
+    "2.2 the experts": """
+import torch
+from torch import nn
+from apt_plugin_moe.router import MoERouter
+from apt.core.registry import registry
+
+registry.register('router', 'topk_moe', MoERouter)
+
+class SomeDummyFFN(nn.Module):
+    def __init__(self, d_model, d_ff):
+        super().__init__()
+        self.d_model = d_model
+        self.net = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+    def forward(self, x):
+        return self.net(x)
+
+moe_config = {'experts': 8, 'top_k': 2, 'capacity': 1.5}
+moe = registry.get('router', 'topk_moe', moe_config)
+
+base_ffn = SomeDummyFFN(d_model=64, d_ff=256)
+moe_ffn = moe.wrap_ffn(base_ffn, moe_config)
+
+x = torch.randn(2, 10, 64)
+output, aux_loss = moe_ffn(x)
+
+assert output.shape == x.shape
+assert aux_loss.item() >= 0
+assert (moe.experts, moe.top_k, moe.capacity, moe.balance_loss_weight) == (8, 2, 1.5, 0.01)
+""",
+    "2.3 the alignment": """
+import torch
+from apt_plugin_align.align import BistateAlign
+
+align = BistateAlign({})
+assert (align.alpha, align.beta, align.tau_align, align.enabled) == (0.35, 0.20, 0.15, False)
+assert (align.get_name(), align.get_version()) == ('bistate_default', '1.0.0')
+logits, targets = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+assert align.compute_align_loss(logits, targets, {}) == torch.tensor(0.0)
+align.enabled = True
+hidden = torch.randn(2, 3, 4)
+state = {'stable': {'logits': torch.randn(2, 3, 5), 'hidden': torch.randn(2, 3, 4)}, 'align': {'hidden': hidden}}
+assert align.compute_align_loss(logits, targets, state) > 0
+""",
 }
 
 
 @pytest.mark.parametrize("step", SNIPPETS)
 def test_a_snippet_runs_as_written(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "packages/apt-core/src"))
+    sources = (str(ROOT / f"packages/{package}/src") for package in ("apt-core", "apt-plugin-moe", "apt-plugin-align"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sources))
     subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", SNIPPETS[step]], cwd=ROOT, check=True, timeout=120
     )

@@ -77,15 +77,18 @@ def _next_best(scores_NE: Tensor, chosen_NK: Tensor, limit: int) -> tuple[Tensor
     the others away for good; those ask their next-best. Where all experts share one order of preference, this ends in
     what choosing one after the other gives (Gale and Shapley, 1962: the stable matching, here the only one).
     """
-    top_k = chosen_NK.shape[1]
+    top_k, experts = chosen_NK.shape[1], scores_NE.shape[1]
     left_NE = scores_NE.clone()
     kept_NK = torch.ones_like(chosen_NK, dtype=torch.bool)
     while True:
-        asked_NE = torch.zeros_like(scores_NE, dtype=torch.int32).scatter_(1, chosen_NK, kept_NK.int())
-        refused_NE = (asked_NE > 0) & (asked_NE.cumsum(0) > limit)
-        rows = refused_NE.any(1).nonzero()[:, 0]
-        if not len(rows):
+        # What has no expert asks number E, which does not exist.
+        asking_NK = chosen_NK.masked_fill(~kept_NK, experts)
+        full_F = (asking_NK.flatten().bincount(minlength=experts + 1)[:experts] > limit).nonzero()[:, 0]
+        if not len(full_F):
             return chosen_NK, kept_NK
-        left_NE.masked_fill_(refused_NE, -math.inf)
+        asked_NF = (asking_NK[:, :, None] == full_F).any(1)
+        refused_NF = asked_NF & (asked_NF.cumsum(0, dtype=torch.int32) > limit)
+        left_NE[:, full_F] = left_NE[:, full_F].masked_fill(refused_NF, -math.inf)
+        rows = refused_NF.any(1).nonzero()[:, 0]
         best = left_NE[rows].topk(top_k, dim=-1)
         chosen_NK[rows], kept_NK[rows] = best.indices, best.values > -math.inf

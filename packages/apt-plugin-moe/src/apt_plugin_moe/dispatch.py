@@ -88,6 +88,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         y_MD, weights_Nk = ctx.saved_tensors
         to = ctx.to
+        if not len(y_MD):  # every choice was dropped
+            return torch.zeros_like(y_MD), torch.zeros_like(weights_Nk), None
         grad_MD = grad_ND.index_select(0, to.token_M)
         grad_weights = torch.linalg.vecdot(grad_MD, y_MD).index_select(0, to.row_Nk.flatten()).view_as(weights_Nk)
         if to.kept_Nk is not None:

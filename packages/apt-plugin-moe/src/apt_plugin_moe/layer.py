@@ -66,7 +66,7 @@ class MoEFFN(nn.Module):
         if not self.active:
             return _with_aux(*split_output(self.dense(x_BTD)))
         logits_BTE = self._logits(x_BTD)
-        probs_BTE = (logits_BTE / self.temperature).softmax(-1)
+        probs_BTE = (logits_BTE if self.temperature == 1 else logits_BTE / self.temperature).softmax(-1)
         assigned = assign(
             probs_BTE.detach() + self.selection_bias, self.config.top_k, self._limit(x_BTD), self.config.overflow
         )
