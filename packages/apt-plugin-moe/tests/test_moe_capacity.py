@@ -167,6 +167,14 @@ def test_a_gradient_of_no_rows_is_zero_and_not_missing() -> None:
     assert x_ND.grad is not None and not x_ND.grad.any()
 
 
+def test_the_weight_of_a_choice_without_a_row_has_no_gradient() -> None:
+    experts_Nk, kept_Nk = choices(7, 2, 3, "some")
+    weights_Nk = kept_Nk.double().requires_grad_()
+    y_MD = torch.randn(int(kept_Nk.sum()), 4, dtype=torch.float64)
+    combine(y_MD, weights_Nk, sort_by_expert(experts_Nk, kept_Nk, 3)).sum().backward()
+    assert torch.equal(weights_Nk.grad != 0, kept_Nk)
+
+
 # The section
 
 

@@ -64,6 +64,8 @@ def grouped_product(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     known = x_MI.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_MI.dtype == weight_EOI.dtype
     if aligned and known and hasattr(F, "grouped_mm") and not torch.compiler.is_compiling():
         product: Tensor = F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
+        if product.requires_grad:  # its backward refuses the strides of, say, an expanded gradient
+            product.register_hook(torch.Tensor.contiguous)
         return product
     # `unbind`, not an index: the gradient of an index is a zero tensor as large as all experts, for each of them.
     sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
