@@ -102,8 +102,8 @@ def check_curriculum(session: nox.Session, env: dict[str, str | None]) -> None:
         "core and moe": [
             "apt-plugin-align",
             "MoE is on (epoch=2",
-            "MoE capacity 1.50 ",
-            "MoE capacity 1.37 ",
+            "MoE capacity 1.50,",
+            "MoE capacity 1.37,",
             "Epoch 5/5",
         ],
         "core, moe and align": ["MoE is on (epoch=2", "Alignment is on (epoch=3", "Epoch 5/5", "Training is complete"],
