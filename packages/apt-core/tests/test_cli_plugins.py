@@ -85,7 +85,8 @@ def test_list_shows_plugins_and_providers(run_apt: RunApt, toy: None) -> None:
     assert ["mha", "1.0.0", "apt-core"] in lines
 
 
-def test_list_of_one_kind_shows_that_kind_alone(run_apt: RunApt, toy: None) -> None:
+def test_list_of_one_kind_shows_that_kind_alone(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APT_PLUGINS", "toy")  # another router may be installed here
     assert run_apt("plugin-list", "--kind", "router").out == "  router\n    everywhere  0.3  apt-toy\n"
     assert run_apt("plugin-list", "--kind", "voter").out == "  no provider of kind voter is installed\n"
     result = run_apt("plugin-list", "--kind", "atention")
@@ -93,7 +94,8 @@ def test_list_of_one_kind_shows_that_kind_alone(run_apt: RunApt, toy: None) -> N
     assert run_apt("plugin-list", "--kind", "x").err.endswith(f"  fix: the kinds are {', '.join(KINDS)}\n")
 
 
-def test_list_as_json(run_apt: RunApt, toy: None) -> None:
+def test_list_as_json(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APT_PLUGINS", "toy")  # another router may be installed here
     listing = json.loads(run_apt("plugin-list", "--json").out)
     plugin = next(plugin for plugin in listing["plugins"] if plugin["name"] == "toy")
     assert plugin == {
@@ -154,8 +156,9 @@ def test_an_editable_install_says_where_it_lies(run_apt: RunApt, make_distributi
 
 
 def test_two_plugins_that_claim_one_provider_are_both_shown(
-    run_apt: RunApt, make_distribution: MakeDistribution
+    run_apt: RunApt, make_distribution: MakeDistribution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("APT_PLUGINS", "a b")
     for name in ("a", "b"):
         make_distribution(
             f"apt-{name}",
