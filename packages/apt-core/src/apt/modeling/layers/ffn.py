@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from apt.core.config import Section
@@ -78,25 +76,8 @@ class GatedFeedForward(Part):
         return 2 * sum(w.weight.numel() for w in (self.w_gate, self.w_up, self.w_down))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gated: Tensor = _SiLUGate.apply(self.w_gate(x_BTD), self.w_up(x_BTD))  # type: ignore[no-untyped-call]
-        out_BTD: Tensor = self.dropout(self.w_down(gated))
+        out_BTD: Tensor = self.dropout(self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD)))
         return out_BTD
-
-
-class _SiLUGate(torch.autograd.Function):
-    """SiLU(gate) (.) up, which keeps two tensors for its gradient where autograd would keep three: the SiLU is cheaper
-    computed again than read again."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 def _draw(last: nn.Linear, num_layers: int, *others: nn.Linear) -> None:
