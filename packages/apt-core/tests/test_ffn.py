@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from apt.core.registry import Provider
-from apt.modeling.counting import flops_per_token, num_params
+from apt.modeling.layers.counting import flops_per_token, num_params
 from apt.modeling.layers.ffn import DefaultFFN, SwiGLU
 from apt.modeling.layers.norm import make_norm, rms_norm
 

@@ -5,8 +5,6 @@ There it is saved and resumed with them, and whoever copies a parameter's moment
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from apt.modeling.layers.mode import evaluation_mode
 
 STABLE = "stable"
 """The average is `optimizer.state[parameter]["stable"]`, fp32, shaped like the parameter."""
@@ -60,17 +60,5 @@ def stable_output(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
         if STABLE in optimizer.state.get(parameter, ())
     }
     places = {"positions": batch.positions, "document_ids": batch.document_ids}
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluation_mode(model):
         return functional_call(model, weights, (batch.tokens,), places)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside this block the model evaluates; afterwards each of its modules is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

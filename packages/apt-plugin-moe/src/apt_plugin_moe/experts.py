@@ -68,9 +68,14 @@ def grouped_product(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
             product.register_hook(torch.Tensor.contiguous)
         return product
     # `unbind`, not an index: the gradient of an index is a zero tensor as large as all experts, for each of them.
-    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    pairs = zip(x_MI.split(sizes), weight_EOI.unbind(), strict=True)
+    pairs = zip(rows_by_expert(x_MI, ends_E), weight_EOI.unbind(), strict=True)
     return torch.cat([rows @ weight.t() for rows, weight in pairs])
+
+
+def rows_by_expert(x_MD: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each expert, [M_e, D]."""
+    rows: tuple[Tensor, ...] = x_MD.split(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())
+    return rows
 
 
 class StackedExperts(nn.Module):
@@ -118,10 +123,9 @@ class SeparateExperts(nn.Module):
 
     def forward(self, x_MD: Tensor, to: Dispatch) -> tuple[Tensor, Tensor | None]:
         """As that of `StackedExperts`, with the experts' own auxiliary losses, weighted by their share of the rows."""
-        sizes = to.ends_E.diff(prepend=to.ends_E.new_zeros(1)).tolist()
         outs: list[Tensor] = []
         aux_loss: Tensor | None = None
-        for expert, rows in zip(self.each, x_MD.split(sizes), strict=True):
+        for expert, rows in zip(self.each, rows_by_expert(x_MD, to.ends_E), strict=True):
             if len(rows):
                 out, aux = split_output(expert(rows[None]))
                 outs.append(out.squeeze(0))

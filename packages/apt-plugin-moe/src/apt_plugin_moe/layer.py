@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apt.modeling.layers.counting import flops_per_token
 from apt_plugin_moe.capacity import Assignment, assign, places
 from apt_plugin_moe.config import MoEConfig
 from apt_plugin_moe.dispatch import combine, gather, sort_by_expert
@@ -87,9 +88,7 @@ class MoEFFN(nn.Module):
 
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token at a context of `length` tokens."""
-        own = getattr(self.dense, "flops_per_token", None)
-        matrices = sum(parameter.numel() for parameter in self.dense.parameters() if parameter.ndim >= 2)
-        dense = int(own(length)) if own is not None else 2 * matrices
+        dense = flops_per_token(self.dense, length)
         if not self.active:
             return dense
         return (self.config.top_k + self.config.shared_experts) * dense + 2 * self.router.weight.numel()

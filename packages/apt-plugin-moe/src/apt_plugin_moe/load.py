@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from apt_plugin_moe.capacity import Assignment
 
 
 class Load:
-    """Counts since the last `clear`; nothing waits for the device until they are read."""
+    """Counts since the last `clear`; nothing waits for the device until they are read, and nothing grows where nobody
+    reads them."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         self.choices = 0
-        self._demand: list[Tensor] = []
-        self._overflow: list[Tensor] = []
-        self._dropped: list[Tensor] = []
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, assigned: Assignment) -> None:
         """One more batch."""
         self.choices += assigned.experts_Nk.numel()
-        self._demand.append(assigned.demand_E)
+        self._count("demand", assigned.demand_E)
         if assigned.overflow is not None:
-            self._overflow.append(assigned.overflow)
+            self._count("overflow", assigned.overflow)
         if assigned.kept_Nk is not None:
-            self._dropped.append((~assigned.kept_Nk).sum())
+            self._count("dropped", (~assigned.kept_Nk).sum())
 
     def __bool__(self) -> bool:
         return self.choices > 0
@@ -35,14 +33,20 @@ class Load:
     @property
     def demand_E(self) -> Tensor:
         """int64 [E]: how many tokens wanted each expert."""
-        return torch.stack(self._demand).sum(0)
+        return self._counts["demand"]
 
     @property
     def overflow(self) -> Tensor | float:
         """The share of the choices that their expert had no room for."""
-        return torch.stack(self._overflow).sum() / self.choices if self._overflow else 0.0
+        return self._share("overflow")
 
     @property
     def dropped(self) -> Tensor | float:
         """The share of the choices that no expert served."""
-        return torch.stack(self._dropped).sum() / self.choices if self._dropped else 0.0
+        return self._share("dropped")
+
+    def _count(self, what: str, count: Tensor) -> None:
+        self._counts[what] = self._counts[what] + count if what in self._counts else count
+
+    def _share(self, what: str) -> Tensor | float:
+        return self._counts[what] / self.choices if what in self._counts else 0.0

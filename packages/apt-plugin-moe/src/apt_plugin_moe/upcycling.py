@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from apt_plugin_moe.experts import StackedExperts
 from apt_plugin_moe.layer import MoEFFN
 
 
@@ -42,11 +41,13 @@ def draw_experts(layer: MoEFFN) -> None:
     if reset is None:
         return
     for experts in (layer.experts, layer.shared):
-        for expert in range(experts.num_experts if experts is not None else 0):
+        if experts is None:
+            continue
+        for expert in range(experts.num_experts):
             reset()
             with torch.no_grad():
                 for name, drawn in fresh.named_parameters():
-                    cast(StackedExperts, experts).copy_of(name, expert).copy_(drawn)
+                    experts.copy_of(name, expert).copy_(drawn)
 
 
 def _copies(layer: MoEFFN, name: str) -> Iterator[nn.Parameter]:

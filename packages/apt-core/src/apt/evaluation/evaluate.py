@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,18 +13,7 @@ from apt.core.runs import RunFolder
 from apt.data.loader import NO_TARGET, TokenLoader
 from apt.data.prepare import prepare_data
 from apt.inference.loading import load_run
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside this block the model evaluates: no dropout. Afterwards each of its modules is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from apt.modeling.layers.mode import evaluation_mode
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from apt.core.errors import AptError, TrainingError
 from apt.data.loader import NO_TARGET, Batch, TokenLoader
-from apt.evaluation.evaluate import evaluation_mode
+from apt.modeling.layers.mode import evaluation_mode
 
 ExtraLosses = Callable[[Batch, Tensor, Tensor, dict[str, Any]], Mapping[str, Tensor]]
 

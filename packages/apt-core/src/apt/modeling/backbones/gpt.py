@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from apt.core.config import ModelConfig
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, supports
-from apt.modeling.counting import Part, flops_per_token
+from apt.modeling.layers.counting import Part, flops_per_token
 from apt.modeling.layers.kv_cache import ModelCache
 from apt.modeling.layers.norm import make_norm
 

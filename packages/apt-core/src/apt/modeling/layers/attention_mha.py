@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from apt.core.config import Section
 from apt.core.errors import ConfigError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
-from apt.modeling.counting import Part
 from apt.modeling.layers.checks import check_heads, check_request
+from apt.modeling.layers.counting import Part
 from apt.modeling.layers.kv_cache import PositionCache
 from apt.modeling.layers.masks import attend, build_mask
 from apt.modeling.layers.norm import rms_norm

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from apt.core.config import Section
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
-from apt.modeling.counting import Part
 from apt.modeling.layers.checks import check_heads, check_request
+from apt.modeling.layers.counting import Part
 from apt.modeling.layers.masks import Mask, attend, build_mask, masked_softmax, padded
 from apt.modeling.layers.norm import EPS, rms_norm
 from apt.modeling.layers.rope import RotaryEmbedding, rotate

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from apt.core.config import Section
 from apt.core.providers.ffn import FFNProvider
-from apt.modeling.counting import Part
+from apt.modeling.layers.counting import Part
 
 
 class FFNConfig(Section):
