@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from apt.api import GPT, ModelBuilder
-from apt.core.device import cpu_has_bf16, keep_freed_pages
+from apt.core.device import cpu_has_bf16, tune_cpu_memory
 
 
 def seconds(model: GPT, tokens: torch.Tensor, precision: AbstractContextManager[Any], steps: int) -> float:
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_pages()
+    tune_cpu_memory()
     print(f"torch {torch.__version__}, {args.threads} thread(s), bf16 in hardware: {'yes' if cpu_has_bf16() else 'no'}")
     for width in args.widths:
         config = {"model": {"d_model": width, "num_heads": width // 32, "num_layers": 2, "max_seq_len": 64}}

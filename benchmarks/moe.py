@@ -5,8 +5,9 @@
 
 Both get the same input, sizes and number of experts, in fp32 on one thread, and step in turn. Each lives in a process
 of its own, as its users run it: transformers as it comes (its block as a default `MixtralModel` has it, which uses
-torch's grouped product), ours as `apt train` runs it, which tells the C library to keep freed pages. With `--equal` the
-process of transformers keeps them too: what is left is the layers alone. The figure is the median of the ratios.
+torch's grouped product), ours as `apt train` runs it, which has the C library keep freed pages and torch use huge ones.
+With `--equal` the process of transformers does so too: what is left is the layers alone. The figure is the median of
+the ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--equal", action="store_true", help="keep freed pages in both processes")
+    parser.add_argument("--equal", action="store_true", help="tune the memory of both processes")
     parser.add_argument("--no-capacity", action="store_true", help="ours without a limit per expert, as transformers'")
     parser.add_argument(
         "--at-least", type=float, nargs="+", help="exit 1 if a ratio is lower; one for each of --experts"
@@ -58,10 +59,10 @@ def main() -> int:
 class Worker:
     """A layer in a process of its own, which takes a step when it is told to."""
 
-    def __init__(self, kind: str, experts: int, tokens: int, capacity: float | None, keep_pages: bool) -> None:
+    def __init__(self, kind: str, experts: int, tokens: int, capacity: float | None, tuned: bool) -> None:
         self._connection, theirs = multiprocessing.get_context("spawn").Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(theirs, kind, experts, tokens, capacity, keep_pages), daemon=True
+            target=serve, args=(theirs, kind, experts, tokens, capacity, tuned), daemon=True
         )
         self._process.start()
 
@@ -75,14 +76,12 @@ class Worker:
         self._process.join()
 
 
-def serve(
-    connection: Connection, kind: str, experts: int, tokens: int, capacity: float | None, keep_pages: bool
-) -> None:
+def serve(connection: Connection, kind: str, experts: int, tokens: int, capacity: float | None, tuned: bool) -> None:
     torch.set_num_threads(1)
-    if keep_pages:
-        from apt.core.device import keep_freed_pages
+    if tuned:
+        from apt.core.device import tune_cpu_memory
 
-        keep_freed_pages()
+        tune_cpu_memory()
     torch.manual_seed(0)
     layer = mixtral_block(experts) if kind == "peer" else moe_layer(experts, capacity)
     x = torch.randn(1, tokens, D_MODEL)

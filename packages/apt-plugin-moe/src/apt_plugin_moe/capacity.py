@@ -46,7 +46,7 @@ def assign(scores_BTE: Tensor, top_k: int, limit: int | None, overflow: str) -> 
         The assignment, N = B T tokens in the order of [B, T].
     """
     batch, length, experts = scores_BTE.shape
-    chosen_NK = scores_BTE.flatten(0, 1).topk(top_k, dim=-1).indices
+    chosen_NK = _best(scores_BTE.flatten(0, 1), top_k)[1]
     demand_E = chosen_NK.flatten().bincount(minlength=experts)
     if limit is None or limit >= batch * length or not bool((demand_E > limit).any()):
         return Assignment(chosen_NK, None, demand_E, None)
@@ -90,5 +90,21 @@ def _next_best(scores_NE: Tensor, chosen_NK: Tensor, limit: int) -> tuple[Tensor
         refused_NF = asked_NF & (asked_NF.cumsum(0, dtype=torch.int32) > limit)
         left_NE[:, full_F] = left_NE[:, full_F].masked_fill(refused_NF, -math.inf)
         rows = refused_NF.any(1).nonzero()[:, 0]
-        best = left_NE[rows].topk(top_k, dim=-1)
-        chosen_NK[rows], kept_NK[rows] = best.indices, best.values > -math.inf
+        values, chosen_NK[rows] = _best(left_NE[rows], top_k)
+        kept_NK[rows] = values > -math.inf
+
+
+def _best(scores_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of each row and where they are, the highest first; where fewer than k are above -inf, the places
+    of the rest mean nothing."""
+    if scores_NE.device.type != "cpu" or k > 4:
+        best = scores_NE.topk(k, dim=-1)
+        return best.values, best.indices
+    # On CPUs `topk` takes several times as long as finding the highest, for the few that routers want.
+    values, indices = [], []
+    for _ in range(k):
+        highest = scores_NE.max(dim=-1, keepdim=True)
+        values.append(highest.values)
+        indices.append(highest.indices)
+        scores_NE = scores_NE.scatter(1, highest.indices, -math.inf)
+    return torch.cat(values, dim=-1), torch.cat(indices, dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apt_plugin_moe.dispatch import Dispatch
+from apt_plugin_moe.gated import gated_experts, is_gated
 
 _ALIGNMENT = 16
 """Bytes that grouped_mm wants a row to be a multiple of."""
@@ -74,8 +76,13 @@ def grouped_product(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 def rows_by_expert(x_MD: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
     """The rows of each expert, [M_e, D]."""
-    rows: tuple[Tensor, ...] = x_MD.split(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())
+    rows: tuple[Tensor, ...] = x_MD.split(sizes(ends_E))
     return rows
+
+
+def sizes(ends_E: Tensor) -> list[int]:
+    """How many rows each expert has."""
+    return [end - start for start, end in pairwise([0, *ends_E.tolist()])]
 
 
 class StackedExperts(nn.Module):
@@ -91,6 +98,7 @@ class StackedExperts(nn.Module):
         self.num_experts = num_experts
         self.rows = _Rows()
         self.stack = copy.deepcopy(base)
+        self.gated = is_gated(base)
         for name, module in base.named_modules():
             if isinstance(module, nn.Linear):
                 parent, _, attribute = name.rpartition(".")
@@ -98,6 +106,8 @@ class StackedExperts(nn.Module):
 
     def forward(self, x_MD: Tensor, to: Dispatch) -> tuple[Tensor, Tensor | None]:
         """[M, D], rows sorted by expert, to [M, D]; a stack has no auxiliary loss of its own."""
+        if self.gated and _plain_cpu(x_MD, self.stack):
+            return gated_experts(x_MD, self.stack, sizes(to.ends_E)), None
         self.rows.dispatch = to
         try:
             return cast(Tensor, self.stack(x_MD[None])).squeeze(0), None
@@ -142,6 +152,12 @@ class SeparateExperts(nn.Module):
     def copy_of(self, name: str, expert: int) -> Tensor:
         """Expert number `expert`'s copy of it."""
         return self.each[expert].get_parameter(name)
+
+
+def _plain_cpu(x: Tensor, stack: nn.Module) -> bool:
+    """Whether torch is to compute just what it is told: on a CPU, in one dtype, and not traced."""
+    same = x.dtype == next(stack.parameters()).dtype and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and same and not torch.compiler.is_compiling()
 
 
 def split_output(out: Any) -> tuple[Tensor, Tensor | None]:

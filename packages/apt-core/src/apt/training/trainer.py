@@ -18,7 +18,7 @@ from apt.checkpoint.durable import replace
 from apt.checkpoint.lock import check_lock, read_lock, write_lock
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
-from apt.core.device import keep_freed_pages, pick_device, use_bf16
+from apt.core.device import pick_device, tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
 from apt.core.hooks import Hooks
@@ -284,7 +284,7 @@ class Trainer:
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
         if self.device.type == "cpu":
-            keep_freed_pages()
+            tune_cpu_memory()
         check_memory(config, self.registry, self.device, config.model.vocab_size)
         torch.manual_seed(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
