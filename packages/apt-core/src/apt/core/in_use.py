@@ -43,14 +43,22 @@ class ProvidersInUse:
         registry: the run's view of the registry.
         sections: {"model": {...}, "data": {...}, "training": {...}}: the providers' sections of the profile.
         strict: raise instead of falling back.
+        layouts: {kind: the layout of weights that there are already}: a provider that reads them stands in rather than
+            the kind's default.
     """
 
     def __init__(
-        self, registry: Registry, sections: Mapping[str, Mapping[str, Any]] | None = None, *, strict: bool = False
+        self,
+        registry: Registry,
+        sections: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        strict: bool = False,
+        layouts: Mapping[str, str] | None = None,
     ) -> None:
         self.registry = registry
         self.sections = sections or {}
         self.strict = strict
+        self.layouts = layouts or {}
         self.slots: dict[tuple[str, str], Slot] = {}
 
     @property
@@ -81,7 +89,7 @@ class ProvidersInUse:
         try:
             slot, part = self._fill(kind, name, name, make)
         except ProviderError as error:
-            stand_in = self.registry.fallback_of(kind, name)
+            stand_in = self._of_the_same_layout(kind, name) or self.registry.fallback_of(kind, name)
             if self.strict or (stand_in is None and not optional) or self.registry.near_miss(kind, name):
                 raise
             label = f"{kind}:{stand_in}" if stand_in else f"no {kind}"
@@ -99,6 +107,14 @@ class ProvidersInUse:
         problems = self.registry.check_conflicts(self.providers)
         if problems:
             raise ConflictError("; ".join(problems), hint="choose other providers in the profile")
+
+    def _of_the_same_layout(self, kind: str, name: str) -> str | None:
+        """A provider that reads the weights that there are already, other than `name`; None if there is none."""
+        layout = self.layouts.get(kind)
+        if layout is None:
+            return None
+        others = (other for other in self.registry.list_providers(kind)[kind] if other != name)
+        return next((o for o in others if self.registry.get_info(kind, o)["weights_layout"] == layout), None)
 
     def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
         claim = self.registry.find(kind, name)

@@ -27,6 +27,15 @@ class Mask(NamedTuple):
     """bool, broadcastable to [B, H, T, 1]: rows that see nothing; `visible` shows them everything, to stay finite."""
 
 
+class Limits(NamedTuple):
+    """What restricts who sees whom beside causality: the arguments of `build_mask` of these names."""
+
+    attn_mask: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    query_documents_BT: Tensor | None = None
+    key_documents_BS: Tensor | None = None
+
+
 def build_mask(
     query_length: int,
     key_length: int,
@@ -169,4 +178,4 @@ def _check(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
         )
 
 
-__all__ = ["Mask", "attend", "build_mask", "masked_softmax", "padded"]
+__all__ = ["Limits", "Mask", "attend", "build_mask", "masked_softmax", "padded"]
