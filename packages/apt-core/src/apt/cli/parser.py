@@ -19,8 +19,8 @@ TAKE_KEYS = ("apt train", "apt profile")
 """The commands that take keys of the profile as options."""
 
 MODEL_KEYS = (
-    "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads the "
-    "same weights."
+    "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads "
+    "the same weights."
 )
 
 

@@ -158,7 +158,11 @@ def _of_the_run(args: Namespace) -> dict[str, Any]:
     """What `load_run` is to open, and with what."""
     names = ("device", "checkpoint", "state")
     overrides = _overrides(args)
-    return {name: getattr(args, name) for name in names} | _selection(args) | ({"overrides": overrides} if overrides else {})
+    return (
+        {name: getattr(args, name) for name in names}
+        | _selection(args)
+        | ({"overrides": overrides} if overrides else {})
+    )
 
 
 def _overrides(args: Namespace) -> dict[str, Any]:
