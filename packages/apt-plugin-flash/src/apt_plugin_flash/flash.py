@@ -174,7 +174,7 @@ def find_segments(documents_BT: Tensor, documents_BS: Tensor) -> Segments | None
 
 
 class FlashAttention(SDPAAttention):
-    """Multi-head and grouped-query attention on flash-attn; needs an NVIDIA GPU of the Ampere generation or newer."""
+    """Multi-head and grouped-query attention on flash-attn, for NVIDIA GPUs of the Ampere generation or newer."""
 
     Layer = FlashLayer
 

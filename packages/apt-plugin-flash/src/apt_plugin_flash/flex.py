@@ -136,8 +136,10 @@ def _tensor(out: Any) -> Tensor:
 
 
 class FlexAttention(SDPAAttention):
-    """Multi-head and grouped-query attention on FlexAttention: windows and packed documents at the price of what is
-    seen. Trains on GPUs; on a CPU it evaluates and generates."""
+    """Multi-head and grouped-query attention on FlexAttention, which skips what a window or documents block.
+
+    It trains on GPUs; on a CPU it evaluates and generates.
+    """
 
     Layer = FlexLayer
 

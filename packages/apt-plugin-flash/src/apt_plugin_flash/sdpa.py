@@ -124,7 +124,7 @@ def _why_not(name: str, q_BHTd: Tensor, mask: Mask, dropout: float) -> str:
 
 
 class SDPAAttention(MHAAttention):
-    """Multi-head and grouped-query attention on torch's fused kernels; on a CPU or a GPU, with nothing to install."""
+    """Multi-head and grouped-query attention on torch's fused kernels, which are there on CPUs and GPUs."""
 
     Config = WindowedMHAConfig
     Layer = SDPALayer
