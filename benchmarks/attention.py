@@ -3,10 +3,10 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --sizes 1x8192 16x1024 --d-model 2048 --heads 16
 
-Each case is measured turn by turn, `mha` and the others one after the other, and a figure is the median of the ratios of
-the turns: above 1 is faster than `mha`. On a CPU it is CPU time of one thread in fp32, on a GPU the time until the device
-has finished, in bf16. The projections, which are the same for all, are part of the layer. `decode` is one token behind a
-full cache. What is compiled is compiled before the first turn.
+Each case is measured turn by turn, `mha` and the others one after the other, and a figure is the median of the ratios
+of the turns: above 1 is faster than `mha`. On a CPU it is CPU time of one thread in fp32, on a GPU the time until the
+device has finished, in bf16. The projections, which are the same for all, are part of the layer. `decode` is one token
+behind a full cache. What is compiled is compiled before the first turn.
 """
 
 from __future__ import annotations

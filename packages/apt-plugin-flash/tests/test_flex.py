@@ -122,6 +122,7 @@ def test_compiled_it_agrees_too(monkeypatch: pytest.MonkeyPatch) -> None:
     documents, padding = (torch.arange(T) // 4).expand(B, T), torch.zeros(B, T, dtype=torch.bool)
     padding[0, 4] = True  # the first of its document, which then sees nothing
     context = AttentionContext(document_ids=documents)
+    own(x, x, x, None, padding, context=context)  # sizes that come once are not worth it
     got, wanted = (
         own(x, x, x, None, padding, context=context)[0],
         mha_of(own)(x, x, x, None, padding, context=context)[0],
@@ -134,7 +135,7 @@ def test_compiled_it_agrees_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def compiled() -> Any:
+    def compiled(device: str) -> Any:
         asked.append(1)
         raise TorchDynamoException("no C++ compiler")
 
@@ -142,7 +143,7 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch: pytest
     monkeypatch.setattr(flex, "compiled", compiled)
     own, x = layer(), torch.randn(B, T, D)
     with pytest.warns(AptWarning, match="FlexAttention cannot be compiled here") as told:
-        for _ in range(2):
+        for _ in range(3):
             torch.testing.assert_close(own(x, x, x)[0], mha_of(own)(x, x, x)[0], rtol=0, atol=1e-6)
     assert len(told) == len(asked) == 1
 

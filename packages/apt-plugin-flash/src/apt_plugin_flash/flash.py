@@ -141,7 +141,7 @@ class FlashLayer(SDPALayer):
                 max_seqlen_q=found.longest_query, max_seqlen_k=found.longest_key,
                 dropout_p=dropout, **options,
             )  # fmt: skip
-            return out.unflatten(0, q.shape[:2])
+            return out.reshape(q.shape)
         if q.shape[1] < k.shape[1] and not dropout and not wants_gradient(q, k, v):
             out = self.kernels.cached(q, k, v, **options)
             return out

@@ -19,8 +19,11 @@ from apt_plugin_flash.sdpa import SDPAAttention, SDPALayer
 from apt_plugin_flash.shared import Latest, of_one_dtype, wants_gradient
 
 COMPILED_FROM = 512
-"""On CPUs, the queries from which the kernel is compiled: that takes some seconds for each form of the call, and with
-fewer they come back slowly. On GPUs it always is."""
+"""On CPUs, the queries from which the kernel is compiled, for sizes that come a second time: it takes from five seconds
+on, for each size anew, because what torch 2.13 compiles there for changing sizes fails. On GPUs it is always compiled."""
+
+FORMS = 64
+"""How many forms of the call a process may compile. torch's own 8, for all models together, are soon used up."""
 
 NO_BACKWARD = "FlexAttention has no backward pass on the CPU"
 NO_DROPOUT = "FlexAttention drops no attention weights"
@@ -42,6 +45,7 @@ class FlexLayer(SDPALayer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.block_masks: Latest[BlockMask] = Latest()
+        self._sizes: set[tuple[int, ...]] = set()
 
     def mix(
         self, q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, limits: Limits, *, need_weights: bool = False
@@ -54,7 +58,8 @@ class FlexLayer(SDPALayer):
         if problem or need_weights or is_bias or q_BTHd.shape[1] == 1:
             return super().mix(q_BTHd, k_BSKd, v_BSKd, limits, need_weights=need_weights)
         block_mask = self._block_mask(q_BTHd, k_BSKd.shape[1], limits)
-        q_BHTd, k_BKSd, v_BKSd = (x.transpose(1, 2) for x in of_one_dtype(q_BTHd, k_BSKd, v_BSKd))
+        # One layout, whether they are cut out of a projection or of a cache: each one more would be compiled anew.
+        q_BHTd, k_BKSd, v_BKSd = (x.contiguous().transpose(1, 2) for x in of_one_dtype(q_BTHd, k_BSKd, v_BSKd))
         return self._run(q_BHTd, k_BKSd, v_BKSd, block_mask).transpose(1, 2), None
 
     def _problem(self, *tensors: Tensor) -> str | None:
@@ -77,42 +82,53 @@ class FlexLayer(SDPALayer):
         if key_padding_mask is not None:
             check_mask("key_padding_mask", key_padding_mask, (B, key_length))
             differs = True
-        sees = who_sees_whom(key_length - T, self.causal, self.window, limits)
 
         def make() -> BlockMask:
+            sees = who_sees_whom(key_length - T, self.causal, self.window, limits, q_BTHd.device)
             return create_block_mask(sees, B if differs else None, None, T, key_length, device=q_BTHd.device)
 
         return self.block_masks(make, B, T, key_length, self.causal, self.window, q_BTHd.device, *limits)
 
     def _run(self, q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, block_mask: BlockMask | None) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo import config as dynamo
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         options: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": q_BHTd.shape[1] > k_BKSd.shape[1]}
         if torch.compiler.is_compiling():
             return _tensor(flex_attention(q_BHTd, k_BKSd, v_BKSd, **options))
-        compiles = q_BHTd.is_cuda or (q_BHTd.shape[2] >= COMPILED_FROM and q_BHTd.dtype != torch.float64)
-        if compiles and NOT_COMPILED not in self.said:
+        if NOT_COMPILED not in self.said and (q_BHTd.is_cuda or self._pays_to_compile(q_BHTd, k_BKSd)):
             try:
-                return _tensor(compiled()(q_BHTd, k_BKSd, v_BKSd, **options))
-            except TorchDynamoException:  # no C++ compiler, no Triton, sizes that it has no code for
+                with dynamo.patch(recompile_limit=FORMS):
+                    return _tensor(compiled(q_BHTd.device.type)(q_BHTd, k_BKSd, v_BKSd, **options))
+            except (TorchDynamoException, FailOnRecompileLimitHit):  # no C++ compiler, no Triton, sizes without code
                 self.say(NOT_COMPILED)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             return _tensor(flex_attention(q_BHTd, k_BKSd, v_BKSd, **options))
 
+    def _pays_to_compile(self, q_BHTd: Tensor, k_BKSd: Tensor) -> bool:
+        if q_BHTd.shape[2] < COMPILED_FROM or q_BHTd.dtype == torch.float64:  # of which it knows nothing
+            return False
+        sizes = (*q_BHTd.shape, *k_BKSd.shape)
+        comes_again = sizes in self._sizes
+        self._sizes.add(sizes)
+        return comes_again
+
 
 def who_sees_whom(
-    offset: int, causal: bool, window: int | None, limits: Limits
+    offset: int, causal: bool, window: int | None, limits: Limits, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether, in row b, query i sees key j; query i stands at position i + offset."""
     attn_mask, key_padding_mask, documents_BT, documents_BS = limits
+    # Tensors, for every other number would be compiled anew; a window as wide as can be is none.
+    offset_ = torch.tensor(offset, device=device)
+    window_ = torch.tensor(2**30 if window is None else window, device=device)
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = j >= 0
         if causal:
-            seen = seen & (j <= i + offset)
-        if window is not None:
-            seen = seen & (i + offset - j < window)
+            past = i + offset_ - j
+            seen = (past >= 0) & (past < window_)
         if documents_BT is not None and documents_BS is not None:
             seen = seen & (documents_BT[b, i] == documents_BS[b, j])
         if key_padding_mask is not None:
@@ -125,9 +141,9 @@ def who_sees_whom(
 
 
 @functools.cache
-def compiled() -> Callable[..., Any]:
+def compiled(device: str) -> Callable[..., Any]:
     """FlexAttention as it is meant to be called."""
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if device == "cpu" else None)
 
 
 def _tensor(out: Any) -> Tensor:
