@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 B, T, D, H = 2, 6, 16, 4
 LAYERS: list[type[SDPALayer]] = [SDPALayer, FlexLayer, FlashLayer]
 every_layer = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.name)
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)

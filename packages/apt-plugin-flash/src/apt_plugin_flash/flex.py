@@ -19,11 +19,11 @@ from apt_plugin_flash.sdpa import SDPAAttention, SDPALayer
 from apt_plugin_flash.shared import Latest, of_one_dtype, wants_gradient
 
 COMPILED_FROM = 512
-"""On CPUs, the queries from which the kernel is compiled, for sizes that come a second time: it takes from five seconds
-on, for each size anew, because what torch 2.13 compiles there for changing sizes fails. On GPUs it is always compiled."""
+"""On CPUs, the queries from which the kernel is compiled, for sizes that come a second time. It takes from five seconds
+on, for each size anew: what torch 2.13 compiles there for changing sizes fails. On GPUs it is always compiled."""
 
 FORMS = 64
-"""How many forms of the call a process may compile. torch's own 8, for all models together, are soon used up."""
+"""How many forms of the call a process may compile; torch's own 8, for all models together, are soon used up."""
 
 NO_BACKWARD = "FlexAttention has no backward pass on the CPU"
 NO_DROPOUT = "FlexAttention drops no attention weights"
