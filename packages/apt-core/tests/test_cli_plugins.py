@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import re
 from argparse import Namespace
 
@@ -348,6 +349,31 @@ def test_the_profile_chooses_whose_options_there_are(
     profile.write_text("plugins: []\n")
     result = run_apt("train", "-p", str(profile), "--toy-strength", "2")
     assert result.err.startswith("error: apt train: there is no option --toy-strength")
+
+
+RETRIEVE = """
+@hookimpl
+def apt_register_options(command, options):
+    if command != "train":
+        options.add_argument("--retrieve", help="for " + command)
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_the_run_chooses_whose_options_there_are(
+    run_apt: RunApt, make_distribution: MakeDistribution, tmp_path: pathlib.Path, command: str
+) -> None:
+    make_distribution("apt-toy", plugins={"toy": "toy_plugin"}, modules={"toy_plugin": HEAD + RETRIEVE})
+    for name, plugins in {"with": "[toy]", "without": "[]"}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "profile.yaml").write_text(f"plugins: {plugins}\n")
+    assert f"for {command}" in run_apt(command, "with", "--help").out
+    for call in (["runs/with", "--retrieve", "without"], ["--retrieve", "without", "with"]):
+        assert parse_arguments([command, *call]).retrieve == "without"
+    for call in (["runs/without", "--retrieve", "with"], ["--retrieve", "with", "without"]):
+        result = run_apt(command, *call)
+        assert result.err.startswith(f"error: apt {command}: there is no option --retrieve")
+    assert run_apt("train", "--retrieve", "x").err.startswith("error: apt train: there is no option --retrieve")
 
 
 @pytest.mark.parametrize("body", ["raise ValueError('oh no')", "options.add_argument('--epochs')"])

@@ -169,6 +169,7 @@ def test_generate_writes_the_prompt_and_its_continuation(run_apt: RunApt, calls:
         "--seed", "7", "--checkpoint", "best", "--device", "cpu", "--no-plugins", "--state", "stable",
     )  # fmt: skip
     assert result == (0, "hello, wörld\n", "")
+    assert calls.pop("options").prompt == "hello"
     assert calls == {
         "run": run, "device": "cpu", "checkpoint": "best", "state": "stable", "plugins": None, "no_plugin": [],
         "no_plugins": True, "strict": False, "prompt": "hello", "max_new_tokens": 9, "temperature": 0.5, "top_k": 3,

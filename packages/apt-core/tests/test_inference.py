@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from apt import hookspecs
 from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError
 from apt.core.runs import RunFolder, find_run, new_run
 from apt.data.tokenizers import ByteTokenizer
@@ -142,6 +145,37 @@ def test_hooks_change_the_prompt_and_the_next_token(run: RunFolder) -> None:
     with pytest.warns(AptWarning, match=r"Broken\.on_next_token failed"):
         assert "".join(generator.stream("w", max_new_tokens=5, seed=0)) == "wwwww"
     assert generator.tokenizer.decode(generator.tokens[0].tolist()) == "wallwwwww"
+
+
+def test_hooks_may_rely_on_what_the_table_of_the_contract_says(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (hookspecs.__doc__ or "").partition("and `generator`")[2].partition("An average of the weights")[0]
+    names = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
+    assert names == ["model", "tokenizer", "device", "options", "note", "tokens", "hidden"]
+    options = Namespace(retrieve="store")
+    seen: list[int] = []
+
+    class Looks:
+        def on_generation_start(self, prompt: str, generator: Generator) -> None:
+            assert all(hasattr(generator, name) for name in names)
+            assert generator.options is options
+            generator.note("a source")
+
+        def on_next_token(self, logits: torch.Tensor, generator: Generator) -> None:
+            assert not generator.model.training
+            assert generator.tokens.dtype == torch.int64
+            expected = generator.model(generator.tokens[:, -24:])
+            torch.testing.assert_close(generator.hidden, expected.hidden[:, -1])
+            torch.testing.assert_close(logits, expected.logits[:, -1])
+            seen.append(generator.tokens.shape[1])
+
+    generator = Generator.from_run(run, options=options)
+    generator.hooks.add(Looks())
+    "".join(generator.stream("12", max_new_tokens=30, temperature=0))
+    assert seen == list(range(2, 32))
+    assert capsys.readouterr() == ("", "a source\n")
+    assert Generator.from_run(run).options is None
 
 
 def test_the_end_of_the_document_ends_the_text(run: RunFolder) -> None:

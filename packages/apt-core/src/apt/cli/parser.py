@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
+from warnings import catch_warnings, simplefilter
 
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
@@ -22,6 +23,8 @@ MODEL_KEYS = (
     "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads "
     "the same weights."
 )
+TAKE_OPTIONS = ("train", "generate", "eval")
+"""The commands that plugins may add options to."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,8 +91,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if command in ("train", "generate", "eval") or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
-    if command == "train":
-        _add_plugin_options(parser, rest, overrides)
+    if command in TAKE_OPTIONS:
+        _add_plugin_options(command, parser, rest, overrides)
     parser.set_defaults(command=command, overrides=overrides)
     return parser.parse_all(rest)
 
@@ -110,27 +113,39 @@ def _parse_plugin_command(command: str, rest: Sequence[str]) -> argparse.Namespa
     return namespace
 
 
-def _add_plugin_options(parser: Parser, rest: Sequence[str], overrides: dict[str, str]) -> None:
-    """The options that plugins add to `apt train`. Which plugins those are, other arguments and the profile say."""
+def _add_plugin_options(command: str, parser: Parser, rest: Sequence[str], overrides: dict[str, str]) -> None:
+    """The options that plugins add to a command. Which plugins those are, other arguments and the profile say."""
     from apt.cli.plugins import add_options
-    from apt.cli.run_commands import find_source
     from apt.core.discovery import choose, discover
-    from apt.core.profiles import find_profile, load_profile_data
 
     first = Parser(prog=parser.prog, add_help=False)
-    _train(first)
-    chosen, _ = first.parse_known_args(rest)
-    names = None
-    with suppress(AptError):  # the command itself will say what is wrong with the profile
-        source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+    _CONFIGURE[command](first)
+    chosen, left = first.parse_known_args(rest)
+    selected = {"plugins": chosen.plugins, "no_plugin": chosen.no_plugin, "no_plugins": chosen.no_plugins}
+    if left and command != "train":
+        # What a plugin's option is given may look like the run, so the run is known once all options are.
+        with catch_warnings():
+            simplefilter("ignore")
+            add_options(command, first, discover(choose(**selected)))
+        chosen, _ = first.parse_known_args(rest)
+    names = _profiles_plugins(command, chosen, overrides)
+    add_options(command, parser, discover(choose(**selected, profile=names), strict=chosen.strict))
+
+
+def _profiles_plugins(command: str, chosen: argparse.Namespace, overrides: dict[str, str]) -> list[str] | None:
+    """The plugins that the profile names: of what is to be trained, or of the run. None if it names none."""
+    from apt.cli.run_commands import find_source
+    from apt.core.profiles import find_profile, load_profile_data
+    from apt.core.runs import find_run
+
+    names: object = None
+    with suppress(AptError):  # the command itself will say what is wrong with the profile or the run
+        if command == "train":
+            source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+        else:
+            source = find_run(chosen.run_name).profile
         names = load_profile_data(find_profile(source))[0].get("plugins")
-    selection = choose(
-        plugins=chosen.plugins,
-        no_plugin=chosen.no_plugin,
-        no_plugins=chosen.no_plugins,
-        profile=[name for name in names if isinstance(name, str)] if isinstance(names, list) else None,
-    )
-    add_options("train", parser, discover(selection, strict=chosen.strict))
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else None
 
 
 # The commands

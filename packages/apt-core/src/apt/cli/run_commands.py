@@ -65,7 +65,7 @@ def run_generate_command(args: Namespace) -> int:
 
     from apt.inference.generator import Generator
 
-    generator = Generator.from_run(run, **_of_the_run(args))
+    generator = Generator.from_run(run, options=args, **_of_the_run(args))
     pieces = generator.stream(
         prompt,
         max_new_tokens=args.max_tokens,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,19 +22,26 @@ class Generator:
 
     Args:
         loaded: an opened run.
+        options: the parsed command line, for plugins that have options of their own there.
 
-    Attributes that hooks may rely on: `model`, `tokenizer`, `device`, and `tokens` (int64 [B, T], all there is yet).
+    The attributes that hooks may rely on are the table in `apt.hookspecs`.
     """
 
-    def __init__(self, loaded: LoadedRun) -> None:
+    def __init__(self, loaded: LoadedRun, *, options: Namespace | None = None) -> None:
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
+        self.options = options
         self.tokens: Tensor = torch.empty(1, 0, dtype=torch.int64, device=self.device)
+        self.hidden: Tensor = torch.empty(1, self.model.d_model, device=self.device)
         self.hooks = loaded.hooks
 
     @classmethod
-    def from_run(cls, run: RunFolder, **options: Any) -> Generator:
-        """Open a run and generate from it; `options` as for `apt.inference.loading.load_run`."""
-        return cls(load_run(run, **options))
+    def from_run(cls, run: RunFolder, *, options: Namespace | None = None, **loading: Any) -> Generator:
+        """Open a run and generate from it; `loading` as for `apt.inference.loading.load_run`."""
+        return cls(load_run(run, **loading), options=options)
+
+    def note(self, text: str) -> None:
+        """Tell the user something: one line on standard error, so that standard output holds the text alone."""
+        print(text, file=sys.stderr, flush=True)
 
     def stream(
         self,
@@ -81,9 +90,10 @@ class Generator:
             if cache is None or self.tokens.shape[1] > limit:
                 # Beyond the longest context only the newest tokens count; their positions move, and no cache holds.
                 cache = None
-                logits_BV = self.model(self.tokens[:, -limit:], last_only=True).logits[:, -1]
+                output = self.model(self.tokens[:, -limit:], last_only=True)
             else:
-                logits_BV = self.model(self.tokens[:, cache.length :], cache=cache, last_only=True).logits[:, -1]
+                output = self.model(self.tokens[:, cache.length :], cache=cache, last_only=True)
+            logits_BV, self.hidden = output.logits[:, -1], output.hidden[:, -1]
             # Rows of the embedding beyond the tokenizer's vocabulary mean nothing.
             logits_BV[:, self.tokenizer.vocab_size :] = -torch.inf
             wrong = partial(_wrong_logits, like=logits_BV)
