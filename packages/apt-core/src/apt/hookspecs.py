@@ -78,7 +78,8 @@ and `generator`, what generates text:
 | `device` | the `torch.device` of the model |
 | `options` | the parsed command line, an `argparse.Namespace` with the options of plugins; None in scripts |
 | `note(text)` | tells the user something: one line on standard error, never among the text |
-| `tokens` | int64 [B, T], the prompt and what has been generated; in `on_next_token` |
+| `tokens` | int64 [B, T], the prompts and what has been generated; in `on_next_token` |
+| `padding` | int64 [B], how many tokens at the left of each row of `tokens` are none of its own; in `on_next_token` |
 | `hidden` | [B, D], the last hidden states after the final norm, of which these logits come; in `on_next_token` |
 
 An average of the weights is kept as `optimizer.state[parameter][NAME]`, a floating-point tensor shaped like the
@@ -260,7 +261,10 @@ def on_generation_start(prompt: str, generator: Any) -> str | None:
 @hookspec
 def on_next_token(logits: Tensor, generator: Any) -> Tensor | None:
     """Other next-token logits [B, V] to sample from, or None to leave them as they are. Those of tokens that are none
-    of the tokenizer's are -inf. They are scores, before temperature and the like; log-probabilities are scores too."""
+    of the tokenizer's are -inf. They are scores, before temperature and the like; log-probabilities are scores too.
+
+    Rows are texts that are generated side by side; one that has ended leaves. Where a vote is held they are its
+    candidates."""
 
 
 # Errors
