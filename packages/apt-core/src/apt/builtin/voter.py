@@ -22,6 +22,8 @@ class VotingConfig(Section):
     """Candidates of a vote."""
     rollout: Annotated[int, Field(gt=0)] = 8
     """Tokens of each candidate of `entropy`, the uncertain one included."""
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    """Of the candidates with which the questions of `data.answers_path` are answered."""
     pattern: str | None = None
     """A regular expression that finds the answer in a text: its last match, or the group in it; the whole text, without
     the blanks around it, if left out."""

@@ -23,7 +23,8 @@ MODEL_KEYS = (
     "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads "
     "the same weights."
 )
-TAKE_OPTIONS = ("train", "generate", "eval")
+
+TAKE_OPTIONS = ("train", "generate", "chat", "eval")
 """The commands that plugins may add options to."""
 
 
@@ -88,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return _parse_plugin_command(command, rest)
     parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
     overrides: dict[str, str] = {}
-    if command in ("train", "generate", "eval") or (command == "profile" and rest[:1] == ["show"]):
+    if command in TAKE_OPTIONS or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
     if command in TAKE_OPTIONS:
@@ -171,7 +172,34 @@ def _train(parser: Parser) -> None:
 
 def _generate(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; - reads it from standard input")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT",
+        help="what to continue; - reads it from standard input; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", help="prompts to continue, one a line; - reads standard input")
+    parser.add_argument(
+        "--samples", type=_whole_number(1), default=1, metavar="N", help="continuations of each prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_whole_number(1), default=16, metavar="N", help="texts side by side (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one text a line")
+    _add_sampling(parser)
+    parser.epilog = MODEL_KEYS
+    parser.set_defaults(run_command="apt.cli.text_commands:run_generate_command")
+
+
+def _chat(parser: Parser) -> None:
+    _add_run(parser)
+    _add_sampling(parser)
+    parser.epilog = (
+        "Reads a message a line, on a terminal or from a pipe; /reset, /help and /exit are commands. How turns are "
+        "written is in the section chat of the run's profile: --chat.user, --chat.assistant, --chat.end, --chat.system."
+    )
+    parser.set_defaults(run_command="apt.cli.text_commands:run_chat_command")
+
+
+def _add_sampling(parser: Parser) -> None:
     parser.add_argument(
         "--max-tokens", type=_whole_number(1), default=200, metavar="N", help="tokens to add (%(default)s)"
     )
@@ -186,10 +214,24 @@ def _generate(parser: Parser) -> None:
     parser.add_argument(
         "--top-p", type=_number, metavar="P", help="choose among the likeliest tokens that make up P of 1"
     )
+    parser.add_argument(
+        "--min-p", type=_number, metavar="P", help="choose among the tokens at least P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=_number, default=1.0, metavar="R",
+        help="above 1 makes tokens that are in the text less likely (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text, in which \\n is a line's end; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes the text repeatable")
+    _add_voter(parser, "keep the best of several continuations: entropy or self_consistency; see --model.voting.k")
     _add_selection(parser)
-    parser.epilog = MODEL_KEYS
-    parser.set_defaults(run_command="apt.cli.run_commands:run_generate_command")
+
+
+def _add_voter(parser: Parser, what: str) -> None:
+    parser.add_argument("--voter", metavar="V", help=what)
 
 
 def _eval(parser: Parser) -> None:
@@ -198,6 +240,7 @@ def _eval(parser: Parser) -> None:
         "--batches", type=_whole_number(1), metavar="N", help="stop after N batches; all are measured if left out"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_voter(parser, "answer the questions of --data.answers_path by this voter too; the profile's if left out")
     _add_selection(parser)
     parser.epilog = MODEL_KEYS
     parser.set_defaults(run_command="apt.cli.run_commands:run_eval_command")
@@ -238,6 +281,7 @@ def _doctor(parser: Parser) -> None:
 _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "train": _train,
     "generate": _generate,
+    "chat": _chat,
     "eval": _eval,
     "profile": _profile,
     "plugin-list": _plugin_list,

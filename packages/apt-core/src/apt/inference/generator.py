@@ -151,8 +151,27 @@ class Generator:
             ConfigError: a setting is out of range, or there is nothing to start from.
             DataError: the prompt holds characters that the tokenizer does not know.
         """
+        return self.stream_ids(
+            self.encode(self.heard(prompt)),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            voter=voter,
+            **sampling,
+        )
+
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        voter: VoterProvider | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """Yield the text that follows the tokens `ids`, as `stream` does; plugins do not hear of a prompt."""
         settings = _checked(Sampling(**sampling), voter)
-        ids = self.encode(self.heard(prompt))
         row = self._row(ids, max_new_tokens, stop, seed_of_row(seed, 0))
         shown = 0
         for _ in self._generate([ids], 1, [row], settings, voter):
