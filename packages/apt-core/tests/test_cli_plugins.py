@@ -89,7 +89,7 @@ def test_list_shows_plugins_and_providers(run_apt: RunApt, toy: None) -> None:
 def test_list_of_one_kind_shows_that_kind_alone(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APT_PLUGINS", "toy")  # another router may be installed here
     assert run_apt("plugin-list", "--kind", "router").out == "  router\n    everywhere  0.3  apt-toy\n"
-    assert run_apt("plugin-list", "--kind", "voter").out == "  no provider of kind voter is installed\n"
+    assert run_apt("plugin-list", "--kind", "quant").out == "  no provider of kind quant is installed\n"
     result = run_apt("plugin-list", "--kind", "atention")
     assert result == (2, "", "error: there is no provider kind 'atention'\n  fix: did you mean attention?\n")
     assert run_apt("plugin-list", "--kind", "x").err.endswith(f"  fix: the kinds are {', '.join(KINDS)}\n")
@@ -110,7 +110,7 @@ def test_list_as_json(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatc
     assert listing["providers"]["router"] == [expected]
     assert [p["name"] for p in listing["providers"]["attention"] if p["default"]] == ["tva_default"]
     assert json.loads(run_apt("plugin-list", "--kind", "router", "--json").out) == {"providers": {"router": [expected]}}
-    assert json.loads(run_apt("plugin-list", "--kind", "voter", "--json").out) == {"providers": {"voter": []}}
+    assert json.loads(run_apt("plugin-list", "--kind", "quant", "--json").out) == {"providers": {"quant": []}}
 
 
 def test_plugins_without_providers_are_listed_too(run_apt: RunApt, make_distribution: MakeDistribution) -> None:
@@ -359,7 +359,7 @@ def apt_register_options(command, options):
 """
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
 def test_the_run_chooses_whose_options_there_are(
     run_apt: RunApt, make_distribution: MakeDistribution, tmp_path: pathlib.Path, command: str
 ) -> None:
