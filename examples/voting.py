@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="ask this run, instead of training one")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (%(default)s)")
     parser.add_argument("--questions", type=int, default=500, help="sums to ask (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of every sample (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of every sample (%(default)s)")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=[0.3, 0.6, 0.9], help="of the voter `entropy`, in nats"
     )

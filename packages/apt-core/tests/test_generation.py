@@ -262,6 +262,23 @@ def test_a_vote_keeps_the_winner_and_goes_on_behind_it(model: GPT, length: int |
         assert int(sample(logits[None], Sampling(), [Draws(5).at(place)])) == ids[5 + place]
 
 
+def test_texts_that_vote_on_whole_answers_do_so_side_by_side() -> None:
+    generator = make_generator(make_model("tva_default"))
+    prompts = [text_of(prompt) for prompt in PROMPTS]
+    voter: Any = generator.voter("self_consistency")
+    together = generator.complete(prompts, samples=2, max_new_tokens=12, seed=9, voter=voter, temperature=2.0)
+    for index, completion in enumerate(together):
+        alone = generator.stream(prompts[index // 2], max_new_tokens=12, seed=9 + index, voter=voter, temperature=2.0)
+        assert "".join(alone) == completion.text
+        assert generator.votes == completion.votes and len(completion.votes) == 1
+    some: Any = Fixed({0, 2, 4}, 3, None, lambda candidates: 1)
+    mixed = generator.complete(prompts, max_new_tokens=12, seed=9, voter=some, batch_size=99)
+    assert sorted(len(completion.votes) for completion in mixed) == [0, 0, 1, 1, 1]
+    plain = generator.complete(prompts, max_new_tokens=12, seed=9)
+    for completion, other in zip(mixed, plain, strict=True):
+        assert (completion.text == other.text) == (completion.votes == ())
+
+
 def test_the_likelihood_of_a_candidate_is_the_models() -> None:
     model = make_model()
     voter: Any = Fixed({0}, 3, 6, lambda candidates: 0)

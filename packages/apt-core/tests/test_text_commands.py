@@ -20,7 +20,8 @@ from apt.cli import text_commands
 from apt.cli.text_commands import tell
 from apt.core.runs import RunFolder
 from apt.inference.chat import Chat
-from apt.inference.generator import Generator, Vote
+from apt.inference.generator import Generator
+from apt.inference.rows import Vote
 from apt.training.trainer import Trainer
 
 
@@ -102,7 +103,7 @@ def test_what_votes_came_to_in_words() -> None:
         (
             whole,
             [("5", "6")],
-            "self_consistency: of 2 texts, '5' x 1, '6' x 1; no two agree, and the likeliest is kept",
+            "self_consistency: of 2 texts, '5' x 1, '6' x 1; no two agree, the likeliest is kept",
         ),
         (whole, [(None, None)], "self_consistency: none of 2 texts holds an answer; the likeliest is kept"),
         (tokens, [], "entropy: no vote was needed"),

@@ -19,7 +19,7 @@ from apt.core.runs import find_run
 if TYPE_CHECKING:
     from apt.core.providers.voter import VoterProvider
     from apt.inference.chat import Chat
-    from apt.inference.generator import Completion, Vote
+    from apt.inference.rows import Completion, Vote
 
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 """What a model may write and a terminal would obey."""
@@ -105,7 +105,7 @@ def tell(voter: VoterProvider, votes: Sequence[Vote]) -> str:
     parts = [f"{_short(answer)} x {count}" for answer, count in tally]
     silent = vote.answers.count(None)
     parts += [f"{silent} without an answer"] if silent else []
-    kept = "" if tally[0][1] > 1 else "; no two agree, and the likeliest is kept"
+    kept = "" if tally[0][1] > 1 else "; no two agree, the likeliest is kept"
     return f"{name}: of {len(vote.answers)} texts, {', '.join(parts)}{kept}"
 
 

@@ -2,85 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from apt.core.errors import AptWarning, ConfigError, TrainingError
-from apt.core.providers.voter import Candidate, VoterProvider
+from apt.core.providers.voter import VoterProvider
 from apt.core.runs import RunFolder
 from apt.inference.batch import Batch, alike
 from apt.inference.loading import LoadedRun, load_run
+from apt.inference.rows import Completion, Row, Vote
 from apt.inference.sampling import Draws, Sampling, SamplingOptions, sample, seed_of_row
 from apt.inference.text import TextStream
 
 T = TypeVar("T")
-
-Ended = Literal["end", "stop", "length"]
-"""Why a text ends: the end of the document, a stop string, or because it is as long as it may be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """One vote."""
-
-    place: int
-    """Before which new token of its text it was held, from 0."""
-    answers: tuple[str | None, ...]
-    """What each candidate answers; None where it has no answer."""
-    winner: int
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The continuation of one prompt."""
-
-    prompt: str
-    text: str
-    tokens: tuple[int, ...]
-    """Without the token that ended the document; with those of a stop string."""
-    ended: Ended
-    votes: tuple[Vote, ...] = ()
-
-
-class _Row:
-    """One text in the making."""
-
-    def __init__(self, text: TextStream, draws: Draws, limit: int, eos_id: int | None) -> None:
-        self.text, self.draws, self.stream, self.limit, self.eos_id = text, draws, 0, limit, eos_id
-        self.tokens: list[int] = []
-        self.logprob = 0.0
-        self.votes: list[Vote] = []
-        self.ended: Ended | None = None
-
-    def push(self, token: int, logprob: float = 0.0) -> None:
-        self.logprob += logprob
-        if token == self.eos_id:
-            self.end("end")
-            return
-        self.tokens.append(token)
-        self.text.push(token)
-        if self.text.stopped:
-            self.end("stop")
-        elif len(self.tokens) >= self.limit:
-            self.end("length")
-
-    def end(self, why: Ended) -> None:
-        self.ended = why
-        self.text.finish()
-
-    def fork(self, stream: int) -> _Row:
-        """A candidate that goes on from here, by chances of its own."""
-        other = _Row(self.text.fork(), self.draws, self.limit, self.eos_id)
-        other.tokens, other.stream, other.votes = self.tokens.copy(), stream, self.votes
-        return other
 
 
 class Generator:
@@ -213,17 +155,15 @@ class Generator:
             self._row(ids[i // samples], max_new_tokens, stop, seed_of_row(seed, i))
             for i in range(len(prompts) * samples)
         ]
-        # A vote makes rows of its own, and ends at another length than its neighbour would: one text at a time.
-        size = 1 if voter is not None else max(batch_size // samples, 1)
-        for group in alike(self.model, ids, size):
-            theirs = [rows[i * samples + j] for i in group for j in range(samples)]
-            if voter is None:
-                for _ in self._generate([ids[i] for i in group], samples, theirs, settings):
-                    pass
-            else:
-                for row in theirs:
-                    for _ in self._generate([ids[group[0]]], 1, [row], settings, voter):
-                        pass
+        if voter is not None and voter.length is not None:
+            # Candidates that are kept put a text ahead of its neighbours: one at a time.
+            for i, row in enumerate(rows):
+                self._finish([ids[i // samples]], 1, [row], settings, voter)
+        else:
+            beside = samples * (1 if voter is None else voter.k)
+            for group in alike(self.model, ids, max(batch_size // beside, 1)):
+                theirs = [rows[i * samples + j] for i in group for j in range(samples)]
+                self._finish([ids[i] for i in group], samples, theirs, settings, voter)
         return [
             Completion(prompts[i // samples], row.text.text, tuple(row.tokens), row.ended or "length", tuple(row.votes))
             for i, row in enumerate(rows)
@@ -234,7 +174,7 @@ class Generator:
     ) -> Iterator[int]:
         """Yield new token ids after `prompt_ids`, up to the end-of-document token, which is not yielded."""
         no_text = TextStream(lambda ids: "")
-        row, done = _Row(no_text, Draws(seed_of_row(seed, 0)), max_new_tokens, self.tokenizer.eos_id), 0
+        row, done = Row(no_text, Draws(seed_of_row(seed, 0)), max_new_tokens, self.tokenizer.eos_id), 0
         for _ in self._generate([prompt_ids], 1, [row], sampling):
             yield from row.tokens[done:]
             done = len(row.tokens)
@@ -259,15 +199,26 @@ class Generator:
             )
         return ids
 
-    def _row(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], seed: int) -> _Row:
-        return _Row(TextStream(self.tokenizer.decode, ids, stop), Draws(seed), max_new_tokens, self.tokenizer.eos_id)
+    def _row(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], seed: int) -> Row:
+        return Row(TextStream(self.tokenizer.decode, ids, stop), Draws(seed), max_new_tokens, self.tokenizer.eos_id)
+
+    def _finish(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        rows: list[Row],
+        sampling: Sampling,
+        voter: VoterProvider | None,
+    ) -> None:
+        for _ in self._generate(prompts, copies, rows, sampling, voter):
+            pass
 
     @torch.no_grad()
     def _generate(
         self,
         prompts: Sequence[Sequence[int]],
         copies: int,
-        rows: list[_Row],
+        rows: list[Row],
         sampling: Sampling,
         voter: VoterProvider | None = None,
     ) -> Iterator[None]:
@@ -278,8 +229,9 @@ class Generator:
         batch = Batch(self.model, prompts, copies=copies, room=room, device=self.device)
         while rows:
             logits_BV = self._next_logits(batch)
-            if voter is not None and self._wants_vote(voter, logits_BV):
-                rows = self._vote(voter, batch, rows[0], logits_BV, sampling)
+            wanted = [voter is not None and self._wants_vote(voter, logits_V) for logits_V in logits_BV]
+            if voter is not None and any(wanted):
+                rows = self._vote(voter, wanted, batch, rows, logits_BV, sampling)
             else:
                 rows = self._push(batch, rows, logits_BV, sampling)
             yield
@@ -296,8 +248,8 @@ class Generator:
         return logits_BV
 
     def _push(
-        self, batch: Batch, rows: list[_Row], logits_BV: Tensor, sampling: Sampling, *, weigh: bool = False
-    ) -> list[_Row]:
+        self, batch: Batch, rows: list[Row], logits_BV: Tensor, sampling: Sampling, *, weigh: bool = False
+    ) -> list[Row]:
         """Add a token to each row; returns those that go on, which are then the rows of the batch.
 
         Args:
@@ -316,31 +268,52 @@ class Generator:
             batch.select(going_on)
         return [rows[index] for index in going_on]
 
-    def _vote(self, voter: VoterProvider, batch: Batch, row: _Row, logits_1V: Tensor, sampling: Sampling) -> list[_Row]:
-        """Sample candidates behind `row`, the batch's only one, and go on with the winner, which becomes `row`."""
-        start = len(row.tokens)
-        candidates = [row.fork(stream) for stream in range(voter.k)]
-        going_on, logits_BV = candidates, logits_1V.expand(voter.k, -1)
-        batch.select([0] * voter.k)
-        while going_on:
+    def _vote(
+        self,
+        voter: VoterProvider,
+        wanted: Sequence[bool],
+        batch: Batch,
+        rows: list[Row],
+        logits_BV: Tensor,
+        sampling: Sampling,
+    ) -> list[Row]:
+        """Sample candidates behind those rows that want a vote, each of which then becomes its winner; the others go on
+        beside them. Returns the rows that have not ended, which are then the rows of the batch."""
+        groups = [
+            [row.fork(stream) for stream in range(voter.k)] if wants else [row]
+            for row, wants in zip(rows, wanted, strict=True)
+        ]
+        going_on = [made for group in groups for made in group]
+        origins = [index for index, group in enumerate(groups) for _ in group]
+        batch.select(origins)
+        logits_BV = logits_BV[origins]
+        for count in itertools.count(1):
             going_on = self._push(batch, going_on, logits_BV, sampling, weigh=True)
-            if not going_on or (voter.length is not None and len(going_on[0].tokens) - start >= voter.length):
+            if not going_on or count == voter.length:
                 break
             logits_BV = self._next_logits(batch)
-        shown = [_candidate(made, row) for made in candidates]
+        winners = [
+            self._elect(voter, row, group) if wants else row
+            for row, group, wants in zip(rows, groups, wanted, strict=True)
+        ]
+        kept = [index for index, winner in enumerate(winners) if winner in going_on]
+        if kept:
+            batch.select([going_on.index(winners[index]) for index in kept])
+        return [rows[index] for index in kept]
+
+    def _elect(self, voter: VoterProvider, row: Row, candidates: list[Row]) -> Row:
+        """Let `row` become the candidate that wins; returns the candidate."""
+        shown = [made.beyond(row) for made in candidates]
         winner = self._trusted(voter, lambda: _checked_winner(voter.vote(shown), voter.k), 0)
         unknown: tuple[str | None, ...] = (None,) * voter.k
         answers = self._trusted(voter, lambda: tuple(map(voter.answer, shown)), unknown)
+        row.votes.append(Vote(len(row.tokens), answers, winner))
         chosen = candidates[winner]
         row.tokens, row.text, row.ended = chosen.tokens, chosen.text, chosen.ended
-        row.votes.append(Vote(start, answers, winner))
-        if row.ended is not None:
-            return []
-        batch.select([going_on.index(chosen)])
-        return [row]
+        return chosen
 
-    def _wants_vote(self, voter: VoterProvider, logits_BV: Tensor) -> bool:
-        return self._trusted(voter, lambda: bool(voter.should_vote(logits_BV[0])), False)
+    def _wants_vote(self, voter: VoterProvider, logits_V: Tensor) -> bool:
+        return self._trusted(voter, lambda: bool(voter.should_vote(logits_V)), False)
 
     def _trusted(self, voter: VoterProvider, ask: Callable[[], T], otherwise: T) -> T:
         """What the voter says; `otherwise` from when it has failed: a vote that cannot be held ends no text.
@@ -361,13 +334,6 @@ class Generator:
             self._failed_voters.add(name)
             warnings.warn(f"{failure}; generation goes on without it", AptWarning, stacklevel=2)
             return otherwise
-
-
-def _candidate(made: _Row, row: _Row) -> Candidate:
-    """What `made`, a fork of `row`, has beyond it."""
-    text = made.text.fork()
-    text.finish()
-    return Candidate(tuple(made.tokens[len(row.tokens) :]), text.text[len(row.text.text) :], made.logprob)
 
 
 def _checked(sampling: Sampling, voter: VoterProvider | None) -> Sampling:
