@@ -161,9 +161,11 @@ def test_eval_prints_what_it_measured(run_apt: RunApt, calls: Calls) -> None:
         ["run", "runs/tiny_debug-1"], ["step", "1,200"], ["val_loss", "1.5234"], ["perplexity", "4.5880"],
     ]  # fmt: skip
     assert (calls["run"], calls["checkpoint"], calls["batches"], calls["strict"]) == (run, 300, 4, True)
-    assert (calls["voter"], calls["overrides"]) == (None, {})
+    assert calls["voter"] is None and "overrides" not in calls
     assert run_apt("eval", "--voter", "entropy", "--data.answers_path", "q.jsonl", "--model.voting.k=5").code == 0
     assert (calls["voter"], calls["overrides"]) == ("entropy", {"data.answers_path": "q.jsonl", "model.voting.k": 5})
+    result = run_apt("eval", "--chat.user", "x")
+    assert result.err.startswith("error: apt eval: --chat.user is no key of the model or data.answers_*\n")
     assert json.loads(run_apt("eval", "--json").out) == {
         "run": "runs/tiny_debug-1", "step": 1200.0, "val_loss": 1.52345, "perplexity": 4.588,
     }  # fmt: skip

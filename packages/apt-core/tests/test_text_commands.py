@@ -128,7 +128,8 @@ def test_what_votes_came_to_in_words() -> None:
         (["--prompt", "a€"], "error: the character '€' (U+20AC, character 1 of the text) is not among"),
         (["--prompt", "a\udcff"], "error: --prompt: not UTF-8\n"),
         ([], "error: there is nothing to continue"),
-        (["--model.d_model", "8"], "error: apt generate: there is no option --model.d_model\n"),
+        (["--training.seed", "8"], "error: apt generate: --training.seed is no key of the model\n"),
+        (["--chat.user", "x"], "error: apt generate: --chat.user is no key of the model\n"),
         (["--model.voting.k"], "error: --model.voting.k needs a value\n"),
     ],
 )  # fmt: skip

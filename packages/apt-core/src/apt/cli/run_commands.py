@@ -147,7 +147,7 @@ def _overrides(args: Namespace) -> dict[str, Any]:
             other = "".join(f" or {prefix}*" for prefix in also)
             raise UsageError(
                 f"apt {args.command}: --{key} is no key of the model{other}",
-                hint="what the run was trained with cannot be changed; --model.attention_name mha, for one, can be given",
+                hint="a run cannot be trained otherwise afterwards; give such as --model.attention_name mha",
             )
     return overrides
 
