@@ -53,7 +53,14 @@ PROVIDERS: dict[tuple[str, str], str] = {
 }
 """(kind, name) -> the requirement that brings it."""
 
-SECTIONS: dict[str, str] = {"moe": "apt-plugin-moe", "bistate": "apt-plugin-align", "voting": "apt-core"}
+SECTIONS: dict[str, str] = {
+    "moe": "apt-plugin-moe",
+    "bistate": "apt-plugin-align",
+    "voting": "apt-core",
+    "int8": "apt-plugin-quant",
+    "int8_dynamic": "apt-plugin-quant",
+    "int4": "apt-plugin-quant",
+}
 """Section of `model` -> the package whose provider reads it."""
 
 

@@ -56,6 +56,10 @@ class ModelConfig(OpenSection):
     """Alignment that adds its loss to the cross-entropy; none if left out."""
     voter_name: str | None = None
     """Voter that answers the questions of `data.answers_path` beside the likeliest tokens; none if left out."""
+    quant_name: str | None = None
+    """Scheme in which the weights are kept, as `apt quantize` writes it; such a model is used, and not trained."""
+    qat_name: str | None = None
+    """Scheme that training prepares the weights for (quantisation-aware training); none if left out."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0

@@ -82,6 +82,7 @@ class Trainer:
     ) -> None:
         self.profile = source if isinstance(source, Profile) else resolve(source, overrides)
         self.config: RunConfig = self.profile.config
+        _refuse_quantised(self.config)
         self.options = options
         self.strict = strict
         self.run = resume or (RunFolder(run_dir) if run_dir else None)
@@ -322,6 +323,8 @@ class Trainer:
         if config.model.voter_name:
             voter = self.in_use.use("voter", config.model.voter_name, lambda provider: provider, optional=True)
         self.exam = Exam(config, self.schedule, voter) if config.data.answers_path else None
+        if config.model.qat_name:
+            self.in_use.use("quant", config.model.qat_name, lambda scheme: scheme.prepare(self.model), optional=True)
         for name in training.trackers:
             self.in_use.use("tracker", name, lambda provider: provider, optional=True)
         self.in_use.check_conflicts()
@@ -412,3 +415,12 @@ class Trainer:
             self.logger.error("it could not be saved either: %s", failed)
             return False
         return True
+
+
+def _refuse_quantised(config: RunConfig) -> None:
+    """Raise ConfigError for a model whose weights are kept in few bits: a step would be lost in their rounding."""
+    if config.model.quant_name:
+        raise ConfigError(
+            f"model.quant_name: {config.model.quant_name}: a quantised model cannot be trained",
+            hint="go on with the run it was made from; to train weights for a scheme, set model.qat_name",
+        )
