@@ -26,7 +26,7 @@ from apt.api import (
     save_run,
 )
 
-MAX_SHOWN = 8
+MAX_SHOWN = 6
 FEW = 0.5
 """Below this share of quantised weights the user is warned: something large was left."""
 
@@ -74,7 +74,9 @@ def quantized_profile(run: RunFolder, config: RunConfig, scheme: str, group_size
         changes["plugins"] = [*config.plugins, claim.plugin]
     if group_size is not None:
         if not group_size.isascii() or not group_size.isdigit():
-            raise ConfigError(f"apt quantize: --group-size {group_size}", hint="give a whole number, such as 32")
+            raise ConfigError(
+                f"apt quantize: --group-size: {group_size!r} is no whole number", hint="give one, such as 32"
+            )
         changes[f"model.{claim.section}.group_size"] = int(group_size)
     return resolve(run.profile, changes).config
 
@@ -94,7 +96,7 @@ def report(run: RunFolder, scheme: str, step: int, before: Mapping[str, Tensor],
         "run": f"{run.path} (step {step})",
         "quantised": f"{weights - left:,} of {weights:,} weights ({share:.1%}) to {scheme}",
         "left": ", ".join(names) + more,
-        "size": f"{sizes[0] / 1e6:,.2f} MB -> {sizes[1] / 1e6:,.2f} MB ({sizes[1] / sizes[0]:.1%})",
+        "on disk": f"{sizes[0] / 1e6:,.2f} MB -> {sizes[1] / 1e6:,.2f} MB ({sizes[1] / sizes[0]:.1%})",
     }
     print("\n".join(f"{title:<11}{text}" for title, text in rows.items()))
     if share < FEW:
