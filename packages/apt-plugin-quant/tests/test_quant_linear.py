@@ -148,7 +148,7 @@ def test_active_it_computes_what_it_will_compute_quantised(scheme: Scheme) -> No
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_the_gradient_goes_straight_through(scheme: Scheme) -> None:
-    """By definition: that of the map with the rounded numbers in the place of its own, as if they were the variables."""
+    """By definition: that of the map with the rounded numbers in place of its own, as if they were the variables."""
     map, x = linear(), torch.randn(6, 24, requires_grad=True)
     fake = FakeQuantizedLinear(map, scheme)
     fake.active = True

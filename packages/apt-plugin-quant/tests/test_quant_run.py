@@ -167,7 +167,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(run: Path, apt: Apt,
         (quantised, "--scheme", "int4"): "is quantised already, as int8",
         (run, "--scheme", "int8"): "run-int8 exists already",
         (run, "--scheme", "int4", "--group-size", "5"): "model.int4.group_size: 5 does not divide the inputs of",
-        (run, "--scheme", "int4", "--group-size", "many"): "--group-size: 'many' is no whole number",
+        (run, "--scheme", "int4", "--group-size", "many"): "--group-size 'many' is no whole number",
         (
             run,
             "--scheme",
@@ -176,7 +176,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(run: Path, apt: Apt,
             "8",
             "--out",
             "x",
-        ): "quant:int8: its section does not fit: group_size",
+        ): "its section does not fit: group_size",
         (run, "--scheme", "int4", "--checkpoint", "7"): "has no checkpoint of step 7",
         (run, "--scheme", "int4", "--state", "stable"): "holds no state 'stable'",
         (run, "--scheme", "int4", "--out", "/proc/nobody/x"): "cannot write",
@@ -381,7 +381,7 @@ def test_a_scheme_that_makes_no_model_is_blamed(run: Path) -> None:
 
 def test_a_group_that_does_not_fit_stops_the_run_before_it_begins(config: Config) -> None:
     config["model"] |= {"qat_name": "int4", "int4": {"group_size": 3}}
-    with pytest.raises(ConfigError, match="model.int4.group_size: 3 does not divide"):
+    with pytest.raises(ConfigError, match=r"model\.int4\.group_size: 3 does not divide"):
         train(config)
     assert not Path(config["output_dir"]).exists()
     config["model"]["int4"] = {"group_sice": 3}

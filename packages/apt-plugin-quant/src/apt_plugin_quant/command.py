@@ -74,9 +74,7 @@ def quantized_profile(run: RunFolder, config: RunConfig, scheme: str, group_size
         changes["plugins"] = [*config.plugins, claim.plugin]
     if group_size is not None:
         if not group_size.isascii() or not group_size.isdigit():
-            raise ConfigError(
-                f"apt quantize: --group-size: {group_size!r} is no whole number", hint="give one, such as 32"
-            )
+            raise ConfigError(f"apt quantize: --group-size {group_size!r} is no whole number", hint="use 32, say")
         changes[f"model.{claim.section}.group_size"] = int(group_size)
     return resolve(run.profile, changes).config
 
@@ -87,7 +85,7 @@ def report(run: RunFolder, scheme: str, step: int, before: Mapping[str, Tensor],
     weights, left = (sum(tensor.numel() for tensor in of.values()) for of in (before, kept))
     share = 1 - left / weights
     sizes = [sum(tensor.nbytes for tensor in of.values()) for of in (before, after)]
-    parts = Counter({_pattern(name): 0 for name in kept})
+    parts: Counter[str] = Counter()
     for name, tensor in kept.items():
         parts[_pattern(name)] += tensor.numel()
     names = [f"{name} {count:,}" for name, count in parts.most_common(MAX_SHOWN)]
@@ -101,8 +99,8 @@ def report(run: RunFolder, scheme: str, step: int, before: Mapping[str, Tensor],
     print("\n".join(f"{title:<11}{text}" for title, text in rows.items()))
     if share < FEW:
         warnings.warn(
-            f"only {share:.1%} of the weights are quantised: {names[0]} and what else is listed as left are no linear "
-            "maps of their own, or are kept",
+            f"only {share:.1%} of the weights are quantised: a scheme takes linear maps alone, and the largest part that "
+            f"is left is {names[0]}",
             AptWarning,
             stacklevel=2,
         )
