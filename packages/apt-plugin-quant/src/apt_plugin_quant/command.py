@@ -52,7 +52,7 @@ def run_quantize_command(args: Namespace) -> int:
     loaded = load_run(run, device="cpu", checkpoint=args.checkpoint, state=args.state, plugins=target.plugins)
     before = loaded.model.state_dict()
     loaded.in_use.sections = target.sections
-    model = loaded.in_use.use("quant", scheme, lambda provider: provider.quantize(loaded.model))
+    model: Any = loaded.in_use.use("quant", scheme, lambda provider: provider.quantize(loaded.model))
     written = save_run(out, replace(loaded, config=target, model=model))
     report(written, scheme, loaded.step, before, model.state_dict())
     return 0
@@ -99,8 +99,8 @@ def report(run: RunFolder, scheme: str, step: int, before: Mapping[str, Tensor],
     print("\n".join(f"{title:<11}{text}" for title, text in rows.items()))
     if share < FEW:
         warnings.warn(
-            f"only {share:.1%} of the weights are quantised: a scheme takes linear maps alone, and the largest part that "
-            f"is left is {names[0]}",
+            f"only {share:.1%} of the weights are quantised: a scheme takes linear maps alone, and the largest part "
+            f"that is left is {names[0]}",
             AptWarning,
             stacklevel=2,
         )

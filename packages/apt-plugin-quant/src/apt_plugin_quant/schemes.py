@@ -53,7 +53,7 @@ class Int4:
 
     def quantize(self, weight_OI: Tensor) -> Tensor:
         """As that of `Int8`."""
-        return cast(Tensor, IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, self.group), torch.int4))
+        return cast(Tensor, IntxUnpackedToInt8Tensor.from_hp(weight_OI, (1, self.group), torch.int4))  # type: ignore[attr-defined]
 
     def rounded_inputs(self, x: Tensor) -> Tensor:
         """As that of `Int8`: the inputs themselves."""
