@@ -3,10 +3,10 @@
     apt train -p shakespeare_char --data.train_path input.txt --model.attention_name mha --run-dir runs/mha
     python benchmarks/quantisation.py runs/mha
 
-Every variant of the model is in one process, on one thread, and they take turns; a speed is a median of ratios to fp32,
-of CPU time. `decode` makes one token after another from a cache, one row; `score` predicts every token of a batch.
-`--width` times a model of that width instead, with the weights it was born with: no perplexity, but sizes at which the
-weights no longer fit into the caches.
+Every variant of the model is in one process, on one thread, and they take turns; a speed is a median of ratios to fp32
+as it is without compiling, of CPU time. `decode` makes one token after another from a cache, one row; `score` predicts
+every token of a batch. `--width` times a model of that width instead, with the weights it was born with: no perplexity,
+but a size at which the weights no longer fit into the processor's caches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,26 @@ def main() -> int:
     print(f"torch {torch.__version__}, 1 thread; d_model {shape[0]}, {shape[1]} layers, {shape[2]:,} weights")
 
     batch = torch.randint(0, plain.vocab_size, (12 if loaded else 1, min(plain.max_seq_len, 64)))
-    columns = {
-        "decode": turns(models, lambda model: decode(model, args.tokens), args.turns),
-        "score": turns(models, lambda model: model(batch), args.turns),
+    work: dict[str, Callable[[Any], object]] = {
+        "decode": partial(decode, count=args.tokens),
+        "score": partial(score, batch),
     }
+    contest = {"reference": copy.deepcopy(plain), **models}
+    columns = {name: turns(contest, does, args.turns) for name, does in work.items()}
     if not args.no_compile:
-        compiled = {name: torch.compile(model) for name, model in models.items()}
-        columns["score, compiled"] = turns(compiled, lambda model: model(batch), args.turns)
-    base = {name: statistics.median(seconds["fp32"]) for name, seconds in columns.items()}
-    counts = {"decode": args.tokens, "score": batch.numel(), "score, compiled": batch.numel()}
-    print("fp32: " + ", ".join(f"{name} {counts[name] / base[name]:,.0f} tokens/s" for name in columns))
+        torch._dynamo.config.recompile_limit = 64  # all of them share their code
+        for model in models.values():
+            model.compile()
+        columns |= {f"{name}, compiled": turns(contest, does, args.turns) for name, does in work.items()}
+    counts = {"decode": args.tokens, "score": batch.numel()}
+    base = {name: counts[name] / statistics.median(columns[name]["reference"]) for name in counts}
+    print("fp32: " + ", ".join(f"{name} {speed:,.0f} tokens/s" for name, speed in base.items()))
     print(f"| scheme | MB | of fp32 | perplexity | {' | '.join(columns)} |\n|---|---|---|---|{'---|' * len(columns)}")
     for name in models:
-        reference = columns["score"]["fp32"]
-        speeds = []
-        for column, seconds in columns.items():
-            against = reference if column.startswith("score") else seconds["fp32"]
-            ratio = statistics.median(a / b for a, b in zip(against, seconds[name], strict=True))
-            speeds.append(f"{ratio:.2f}")
+        speeds = [
+            f"{statistics.median(a / b for a, b in zip(seconds['reference'], seconds[name], strict=True)):.2f}"
+            for seconds in columns.values()
+        ]
         lost = f"{perplexity[name]:.4f}" if name in perplexity else ""
         print(
             f"| `{name}` | {size[name] / 1e6:.2f} | {size[name] / size['fp32']:.0%} | {lost} | {' | '.join(speeds)} |"
@@ -104,7 +107,6 @@ def bytes_of(model: Any, loaded: LoadedRun | None) -> int:
         return next(run.checkpoints.glob("*/model.safetensors")).stat().st_size
 
 
-@torch.inference_mode()
 def decode(model: Any, count: int) -> Tensor:
     """The likeliest tokens, one by one."""
     cache, token = model.make_cache(1, count), torch.zeros(1, 1, dtype=torch.int64)
@@ -113,10 +115,16 @@ def decode(model: Any, count: int) -> Tensor:
     return token
 
 
+def score(batch_BT: Tensor, model: Any) -> Tensor:
+    """Every token of the batch predicted at once."""
+    logits_BTV: Tensor = model(batch_BT).logits
+    return logits_BTV
+
+
 def turns(models: dict[str, Any], work: Callable[[Any], object], count: int) -> dict[str, list[float]]:
     """Seconds of CPU time of each turn, by model; each has had three before that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
+    with torch.inference_mode():
         for turn in range(count + 3):
             for name, model in models.items():
                 started = time.process_time()
