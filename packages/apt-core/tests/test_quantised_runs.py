@@ -130,10 +130,8 @@ def test_nothing_is_written_over_and_nothing_half(
 
 def test_a_scheme_that_is_not_here_is_named(run: RunFolder) -> None:
     text = run.profile.read_text()
-    for scheme, package in {
-        "int8": "apt-plugin-quant",
-        "int3_of_somebody": "install the package that brings it",
-    }.items():
+    fixes = {"int8": "apt-plugin-quant", "int3_of_somebody": "install the package that brings it"}
+    for scheme, fix in fixes.items():
         registry._claims.pop(("quant", scheme), None)
         run.profile.write_text(text.replace("quant_name: null", f"quant_name: {scheme}"))
         with pytest.raises(ProviderNotFoundError, match=f"quant:{scheme} is not installed.*{fix}"):
