@@ -308,7 +308,7 @@ def test_it_begins_at_an_epoch_says_so_and_without_a_schedule_at_once(
 
 
 @pytest.mark.parametrize("schedule", [{"enable_qat_at_step": SWITCH}, {"enable_qat_at_epoch": 1}])
-@pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 2, 6, 7])
+@pytest.mark.parametrize("stop", [SWITCH, 6, 7])
 def test_stopped_and_resumed_it_equals_the_uninterrupted_run(
     config: Config, schedule: dict[str, int], stop: int
 ) -> None:

@@ -84,13 +84,15 @@ class LinearScheme(QuantProvider):
 
     def _follow(self, epoch: int, step: int, trainer: Any) -> None:
         active = trainer.schedule.should_enable_plugin("qat", epoch, step)
-        if active and not self._layers[0].active:
+        if active == self._layers[0].active:
+            return
+        for layer in self._layers:
+            layer.active = active
+        if active:
             trainer.note(
                 f"QAT is on (epoch={epoch}, step={trainer.step}): {len(self._layers)} linear maps compute as if "
                 f"they were {self.get_name()}"
             )
-        for layer in self._layers:
-            layer.active = active
 
     def _replace(self, model: nn.Module, make: Callable[[nn.Linear, Scheme], Any]) -> list[Any]:
         """Put `make(map, scheme)` in the place of each map; returns what was made."""
