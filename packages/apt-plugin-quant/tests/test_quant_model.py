@@ -126,6 +126,8 @@ def test_a_model_without_a_map_is_refused() -> None:
     with pytest.raises(ConfigError, match="quant:int8: the model has no linear map to quantise"):
         Int8Weights().quantize(nn.Sequential(nn.Embedding(3, 4)))
     with pytest.raises(ConfigError, match="no linear map"):
+        Int8Weights().quantize(nn.Linear(3, 4))
+    with pytest.raises(ConfigError, match="no linear map"):
         quantised(gpt(), Int8Weights({"keep": ["*"]}))
 
 

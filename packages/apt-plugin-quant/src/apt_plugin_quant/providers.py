@@ -108,7 +108,7 @@ class LinearScheme(QuantProvider):
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The maps to quantise, by name."""
-        found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        found = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
         for pattern in self.config.keep:
             if not fnmatch.filter(found, pattern):
                 warnings.warn(
