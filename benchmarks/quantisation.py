@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from apt.api import LoadedRun, ModelBuilder, evaluate, find_run, load_run, save_run
-from apt.core.device import keep_freed_pages
+from apt.core.device import tune_cpu_memory
 from apt.data.prepare import prepare_data
 from apt_plugin_quant.providers import Int4Weights, Int8Dynamic, Int8Weights
 
@@ -46,7 +46,7 @@ def main() -> int:
     if (args.run is None) == (args.width is None):
         parser.error("give a run, or --width")
     torch.set_num_threads(1)
-    keep_freed_pages()
+    tune_cpu_memory()
     warnings.simplefilter("ignore")
 
     loaded = load_run(find_run(args.run), device="cpu") if args.run else None
