@@ -61,6 +61,8 @@ class ModelConfig(OpenSection):
     qat_name: str | None = None
     """Scheme that training prepares the weights for (quantisation-aware training); none if left out."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Added under the root of the norms; 1e-5 for layernorm and 1e-6 for rmsnorm if left out."""
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the rotary angles."""
