@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apt.core.config import RunConfig
-    from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, FallbackWarning, ProviderError
+    from apt.core.errors import (
+        AptError,
+        AptWarning,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        FallbackWarning,
+        ProviderError,
+    )
     from apt.core.profiles import resolve
     from apt.core.registry import Provider, Registry, registry
     from apt.core.runs import RunFolder, find_run
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
     from apt.hookspecs import API_VERSION, hookimpl
     from apt.inference.generator import Generator
     from apt.inference.loading import LoadedRun, load_run
-    from apt.inference.saving import save_run
+    from apt.inference.saving import save_model, save_run
     from apt.modeling.backbones.gpt import GPT
     from apt.modeling.compose import ModelBuilder
     from apt.training.trainer import Trainer
@@ -27,6 +35,7 @@ _HOMES = {
     "AptWarning": "apt.core.errors",
     "CheckpointError": "apt.core.errors",
     "ConfigError": "apt.core.errors",
+    "DataError": "apt.core.errors",
     "FallbackWarning": "apt.core.errors",
     "GPT": "apt.modeling.backbones.gpt",
     "Generator": "apt.inference.generator",
@@ -45,6 +54,7 @@ _HOMES = {
     "load_run": "apt.inference.loading",
     "registry": "apt.core.registry",
     "resolve": "apt.core.profiles",
+    "save_model": "apt.inference.saving",
     "save_run": "apt.inference.saving",
 }
 
@@ -55,6 +65,7 @@ __all__ = [
     "AptWarning",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "FallbackWarning",
     "Generator",
     "LoadedRun",
@@ -72,6 +83,7 @@ __all__ = [
     "load_run",
     "registry",
     "resolve",
+    "save_model",
     "save_run",
 ]
 

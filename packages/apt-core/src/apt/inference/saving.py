@@ -6,14 +6,19 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from apt.checkpoint.durable import cannot_write, make_folder, sync, write
 from apt.checkpoint.lock import write_lock
 from apt.checkpoint.rng import rng_state
 from apt.checkpoint.store import Checkpoint, CheckpointStore
 from apt.core.errors import CheckpointError
+from apt.core.hooks import Hooks
 from apt.core.profiles import dump_yaml
+from apt.core.providers.tokenizer import Tokenizer
 from apt.core.runs import RunFolder
 from apt.inference.loading import LoadedRun
+from apt.modeling.backbones.gpt import GPT
 from apt.modeling.compose import ModelBuilder
 
 
@@ -60,3 +65,18 @@ def save_run(path: Path | str, loaded: LoadedRun) -> RunFolder:
     finally:
         shutil.rmtree(run.path, ignore_errors=True)
     return RunFolder(path)
+
+
+def save_model(path: Path | str, builder: ModelBuilder, model: GPT, tokenizer: Tokenizer) -> RunFolder:
+    """Write a model that was made elsewhere as a run at step 0: it can be used, and trained from there on.
+
+    Args:
+        path: the folder, which must not exist.
+        builder: what the model was built with.
+        tokenizer: built by one of the builder's providers in use.
+
+    Raises:
+        CheckpointError: as `save_run`.
+    """
+    device = torch.device("cpu")
+    return save_run(path, LoadedRun(builder.config, model, tokenizer, device, Hooks(), builder.in_use, 0))
