@@ -1,4 +1,4 @@
-"""What APT loads of this package: the schemes, as import strings, and the command that applies them."""
+"""What APT loads of this package: the schemes, as import strings, and the commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from apt.hookspecs import hookimpl
+from apt_plugin_quant.export.commands import configure_export, configure_import, run_export, run_import
 
 API_VERSION = (1, 0)
 
@@ -22,6 +23,13 @@ def apt_register_commands(commands: Any) -> None:
     commands.add(
         "quantize", "Write a run again with its weights in fewer bits", _configure_quantize, _run_quantize_command
     )
+    commands.add(
+        "export",
+        "Write a run as safetensors, ONNX, a torch program or a Hugging Face folder",
+        configure_export,
+        run_export,
+    )
+    commands.add("import", "Make a run of a Hugging Face folder (Llama, Mixtral)", configure_import, run_import)
 
 
 def _configure_quantize(parser: ArgumentParser) -> None:
