@@ -19,6 +19,8 @@ from apt_plugin_quant.export.folder import sha256
 
 TOLERANCE = 2e-5
 
+pytestmark = pytest.mark.filterwarnings("ignore:config.json ends a text with token 0")
+
 KINDS: dict[str, dict[str, Any]] = {
     "plain": LLAMA,
     "grouped, untied": LLAMA | {"mha": {"num_kv_heads": 2}, "tie_embeddings": False},
@@ -105,13 +107,16 @@ def test_what_transformers_saves_is_taken(exported: tuple[RunFolder, Path], tmp_
     torch.testing.assert_close(logits(RunFolder(tmp_path / "back"), tokens), logits(run, tokens), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> None:
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     transformers = pytest.importorskip("transformers", reason="transformers is what is compared with")
-    run = make_run(tmp_path / "run", LLAMA, tokenizer=tokenizer)
+    run = make_run(tmp_path / "run", LLAMA, tokenizer=tokenizer, bpe={"vocab_size": 257})
     export(run.path, "--format", "hf", "--out", tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = list(load_run(run, device="cpu").tokenizer.encode(TEXT))
+    ours = load_run(run, device="cpu").tokenizer
+    ids = list(ours.encode(TEXT))
+    assert theirs.eos_token_id == (ours.eos_id if tokenizer == "bpe" else None)
     assert theirs(TEXT)["input_ids"] == ids
     assert theirs.decode(ids) == TEXT
 
@@ -284,7 +289,25 @@ def test_a_run_that_is_there_is_kept(llama: Path) -> None:
         import_("hf", llama, "--out", llama.parent / "back")
 
 
-def test_nan_stays_and_old_tables_are_passed_over(llama: Path) -> None:
+def test_the_end_of_a_text_is_compared(llama: Path) -> None:
+    with pytest.warns(AptWarning, match=r"token 0, and tokenizer\.json has no special token that ends one"):
+        import_("hf", llama, "--out", llama.parent / "one")
+    edit(llama / "config.json", eos_token_id=[5, 6])
+    with pytest.warns(AptWarning, match=r"ends a text with token 5"):
+        import_("hf", llama, "--out", llama.parent / "two")
+    edit(llama / "config.json", eos_token_id=None)
+    assert quietly(import_, "hf", llama, "--out", llama.parent / "three") == 0
+
+
+def test_weights_that_are_no_floats(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, llama / "model.safetensors")
+    with pytest.raises(DataError, match=r"model\.norm\.weight is of dtype I8"):
+        import_("hf", llama)
+
+
+def test_old_tables_are_passed_over(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, llama / "model.safetensors")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_the_cache_is_as_small_as_the_layers_own(exported: tuple[RunFolder, Path
     assert len(shapes) == 4
 
 
+def test_nothing_in_it_says_where_it_was_made(exported: tuple[RunFolder, Path]) -> None:
+    _, folder = exported
+    here = str(Path(onnx_export.__file__).parent).encode()
+    assert not any(here in path.read_bytes() for path in folder.iterdir())
+    assert str(folder.parent) not in (folder / "export.json").read_text()
+
+
 def test_the_command_has_measured_it(exported: tuple[RunFolder, Path]) -> None:
     _, folder = exported
     manifest = json.loads((folder / "export.json").read_text())
@@ -109,6 +117,8 @@ def test_the_example_writes_what_apt_generate_writes(exported: tuple[RunFolder, 
 
 class Written:
     """In the place of what `torch.onnx.export` returns, which takes seconds to make."""
+
+    model = SimpleNamespace(graph=SimpleNamespace(all_nodes=tuple))
 
     def save(self, path: str, external_data: bool) -> None:
         Path(path).touch()

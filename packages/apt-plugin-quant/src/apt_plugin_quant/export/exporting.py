@@ -13,10 +13,11 @@ import torch
 from apt.api import AptWarning, ConfigError, LoadedRun, RunFolder, load_run
 from apt_plugin_quant.export import hf_export, onnx_export, program_export, weights_export
 from apt_plugin_quant.export.folder import check_target, new_folder, write_manifest
-from apt_plugin_quant.export.tokenizer import as_library_tokenizer
+from apt_plugin_quant.export.tokenizer import TOKENIZER, as_library_tokenizer
 
 Writer = Callable[[LoadedRun, Path, torch.dtype], dict[str, Any]]
-"""Writes its files into a folder and returns facts for export.json; "differences" are measured, by what was run."""
+"""Writes its files into a folder, in which the tokenizer lies already, and returns facts for export.json; "differences"
+are {what was run: the largest difference measured}."""
 
 WRITERS: dict[str, Writer] = {
     "safetensors": weights_export.write,
@@ -68,7 +69,6 @@ def export_run(
             hint="export the run that it was made from",
         )
     with new_folder(out) as folder:
-        facts = WRITERS[format](loaded, folder, DTYPES[dtype])
         tokenizer = as_library_tokenizer(run.tokenizer)
         if tokenizer is None:
             warnings.warn(
@@ -78,7 +78,8 @@ def export_run(
                 stacklevel=2,
             )
         else:
-            tokenizer.save(str(folder / "tokenizer.json"))
+            tokenizer.save(str(folder / TOKENIZER))
+        facts = WRITERS[format](loaded, folder, DTYPES[dtype])
         sizes = write_manifest(
             folder,
             {

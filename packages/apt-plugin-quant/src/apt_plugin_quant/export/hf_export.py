@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from apt.api import AptWarning, ConfigError, LoadedRun
 from apt.modeling.layers.norm import EPS
 from apt_plugin_quant.export.llama import Layout, to_llama
+from apt_plugin_quant.export.tokenizer import TOKENIZER
 from apt_plugin_quant.export.weights_export import save_weights
 
 FILE = "model.safetensors"
@@ -54,7 +56,8 @@ def write(loaded: LoadedRun, folder: Path, dtype: torch.dtype) -> dict[str, Any]
         )
     save_weights(theirs, folder / FILE, dtype)
     _write_json(folder / "config.json", _config(loaded, layout, experts, dtype))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(loaded))
+    if (folder / TOKENIZER).is_file():
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(loaded, folder / TOKENIZER))
     return {}
 
 
@@ -182,12 +185,17 @@ def _config(loaded: LoadedRun, layout: Layout, experts: dict[str, Any] | None, d
     return config
 
 
-def _tokenizer_config(loaded: LoadedRun) -> dict[str, Any]:
-    return {
+def _tokenizer_config(loaded: LoadedRun, path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": loaded.config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
+    # A token that is no special one, as byte 0 of `byte`, must not become one: a text may hold its letter.
+    special = Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+    if loaded.tokenizer.eos_id in special:
+        config["eos_token"] = special[loaded.tokenizer.eos_id].content
+    return config
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

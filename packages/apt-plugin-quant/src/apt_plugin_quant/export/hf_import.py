@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apt.api import ConfigError, DataError, ModelBuilder, RunFolder, registry, save_model
+from apt.api import AptWarning, ConfigError, DataError, ModelBuilder, RunFolder, registry, save_model
 from apt_plugin_quant.export.llama import Layout, from_llama
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -40,6 +41,9 @@ MIXTRAL_DEFAULTS: dict[str, Any] = {
 }
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """What no model leaves out: a default would be another model."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that are taken, as safetensors calls them."""
 
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old folders that follow from the config."""
@@ -87,6 +91,7 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
             f"{layout.vocab_size}",
             hint="resize the model's embedding with transformers, or take out the tokens that were added",
         )
+    _check_end(config, tokenizer.eos_id)
     _check_tensors(folder, files, layout)
     if (path := out or Path("runs") / builder.config.name).exists():
         raise ConfigError(f"{path} exists already", hint="give another folder with --out, or remove it")
@@ -239,6 +244,20 @@ def _files(folder: Path) -> dict[str, str]:
     return {name: file for name, file in files.items() if not DERIVED.fullmatch(name)}
 
 
+def _check_end(config: Mapping[str, Any], eos_id: int | None) -> None:
+    """Warn where a text would end at another token than the model was trained to write."""
+    named = config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if ids and eos_id not in ids:
+        warnings.warn(
+            f"config.json ends a text with token {ids[0]}, and tokenizer.json "
+            + ("has no special token that ends one" if eos_id is None else f"with {eos_id}")
+            + ": what is generated may not end by itself",
+            AptWarning,
+            stacklevel=3,
+        )
+
+
 def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> None:
     """Raise DataError unless the folder holds what the config says: names and shapes."""
     wanted = layout.shapes()
@@ -255,7 +274,13 @@ def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> No
         with _open(folder / file) as tensors:
             held = set(tensors.keys())
             for name in (name for name, where in files.items() if where == file and name in wanted):
-                shape = tuple(tensors.get_slice(name).get_shape()) if name in held else None
+                held_as = tensors.get_slice(name) if name in held else None
+                shape = None if held_as is None else tuple(held_as.get_shape())
+                if held_as is not None and held_as.get_dtype() not in FLOATS:
+                    raise DataError(
+                        f"{folder / file}: {name} is of dtype {held_as.get_dtype()}: its weights are quantised",
+                        hint="choose a model in one of " + ", ".join(FLOATS),
+                    )
                 if shape != wanted[name]:
                     raise DataError(
                         f"{folder / file}: {name} is {list(shape) if shape else 'missing'}, and config.json makes it "

@@ -9,6 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+TOKENIZER = "tokenizer.json"
+
 
 def as_library_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
     """The tokenizer that a run has saved to `path`, with the same ids for every text; None where the library has no
