@@ -14,8 +14,20 @@ from export_samples import LLAMA, SIZES, TEXT, export, import_, logits, make_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from apt.api import GPT, AptWarning, ConfigError, DataError, Generator, RunFolder, load_run, registry
+from apt.api import (
+    GPT,
+    AptError,
+    AptWarning,
+    ConfigError,
+    DataError,
+    Generator,
+    RunConfig,
+    RunFolder,
+    load_run,
+    registry,
+)
 from apt_plugin_quant.export.folder import sha256
+from apt_plugin_quant.export.hf_config import read_config
 
 TOLERANCE = 2e-5
 
@@ -206,7 +218,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": 16}, "sliding_window is 16"),
     ({"head_dim": 16}, "head_dim is 16"),
     ({"quantization_config": {"bits": 4}}, "its weights are quantised"),
-    ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
+    ({"num_hidden_layers": "two"}, "num_hidden_layers: input should be a valid integer"),
     ({"num_hidden_layers": 3}, "lacks model.layers.2"),
     ({"num_hidden_layers": 1}, "has also model.layers.1"),
     ({"intermediate_size": 49}, "is [32, 48], and config.json makes it [32, 49]"),
@@ -224,6 +236,22 @@ def test_what_ours_has_not_is_refused(llama: Path, changes: dict[str, Any], said
     assert said in refused.value.message
     assert "\n" not in str(refused.value)
     assert not (llama.parent / "back").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("value", [None, "x", -1, 0, 1, 3, [], {}, {"rope_type": 5}, True, 1e308, 2**70])
+def test_a_damaged_config_is_one_line(kind: str, value: object) -> None:
+    whole = {"model_type": kind, "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    for key in read_config(Path("config.json"), whole).model_dump():
+        try:
+            config = read_config(Path("config.json"), whole | {key: value})
+            RunConfig.model_validate({"model": config.profile()})
+        except AptError as error:
+            assert "\n" not in str(error), key
+            assert str(error).startswith("config.json: "), key
+        else:
+            assert config.layout().head_dim % 2 == 0
 
 
 def test_a_window_as_wide_as_the_context_does_not_matter(llama: Path) -> None:
@@ -281,6 +309,11 @@ def test_tokenizers_that_do_not_fit(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         import_("hf", llama)
+
+
+def test_a_text_that_is_not_there(llama: Path) -> None:
+    with pytest.raises(DataError, match=r"--train-path: there is no .*nowhere\.txt"):
+        import_("hf", llama, "--train-path", llama / "nowhere.txt")
 
 
 def test_a_run_that_is_there_is_kept(llama: Path) -> None:

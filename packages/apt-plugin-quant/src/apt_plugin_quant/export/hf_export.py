@@ -98,7 +98,7 @@ def find_obstacles(loaded: LoadedRun, experts: dict[str, Any] | None) -> list[st
     if router is not None and router.name != "topk_moe":
         no("model.router_name", router.name, "topk_moe")
     elif experts is not None:
-        if not experts["normalize"] and experts["top_k"] > 1:
+        if not experts["normalize"]:
             no("model.moe.normalize", "false", "true")
         if experts["shared_experts"]:
             no("model.moe.shared_experts", experts["shared_experts"], "0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apt.api import AptWarning, ConfigError, DataError, ModelBuilder, RunFolder, registry, save_model
+from apt_plugin_quant.export.hf_config import RESTORE, Llama, read_config
 from apt_plugin_quant.export.llama import Layout, from_llama
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_JSON = 64 << 20
 """Bytes of JSON that are read; the largest index in circulation has some 10 MB."""
-
-DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-"""What transformers takes for Llama where config.json leaves it out."""
-
-MIXTRAL_DEFAULTS: dict[str, Any] = {
-    **DEFAULTS,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""What no model leaves out: a default would be another model."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that are taken, as safetensors calls them."""
@@ -55,7 +35,7 @@ class Imported:
 
     run: RunFolder
     title: str
-    """Such as "llama, 1,234 parameters, float32"."""
+    """Such as "llama, 1,234 parameters"."""
 
 
 def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None = None) -> Imported:
@@ -71,8 +51,9 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
         ConfigError: the model has something that ours has not; the message names all of it.
         CheckpointError: the run cannot be written.
     """
-    config = _read_json(folder / "config.json", "a folder that transformers has saved holds one")
-    layout, top_k = read_config(folder / "config.json", config)
+    path = folder / "config.json"
+    config = read_config(path, _read_json(path, "a folder that transformers has saved holds one"))
+    layout = config.layout()
     files = _files(folder)
     tokenizer_path = (folder / "tokenizer.json").absolute()
     if not tokenizer_path.is_file():
@@ -82,7 +63,7 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
         )
     if layout.experts is not None:
         registry.find("router", "topk_moe")  # without it the model would be built dense, with a warning
-    builder = ModelBuilder(_profile(folder, config, layout, top_k, tokenizer_path, train_path))
+    builder = ModelBuilder(_profile(folder, config, tokenizer_path, train_path))
     tokenizer: Any = builder.in_use.use("tokenizer", "file", lambda provider: provider.load(tokenizer_path))
     assert tokenizer is not None
     if tokenizer.vocab_size > layout.vocab_size:
@@ -91,128 +72,29 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
             f"{layout.vocab_size}",
             hint="resize the model's embedding with transformers, or take out the tokens that were added",
         )
-    _check_end(config, tokenizer.eos_id)
+    _check_end(config.eos_token_id, tokenizer.eos_id)
     _check_tensors(folder, files, layout)
-    if (path := out or Path("runs") / builder.config.name).exists():
-        raise ConfigError(f"{path} exists already", hint="give another folder with --out, or remove it")
+    out = out or Path("runs") / builder.config.name
+    if out.exists():
+        raise ConfigError(f"{out} exists already", hint="give another folder with --out, or remove it")
     model = builder.build_model()
     model.load_state_dict(from_llama(_read(folder, files), layout))
-    run = save_model(path, builder, model.eval(), tokenizer)
-    return Imported(run, f"{config['model_type']}, {model.num_params():,} parameters")
+    run = save_model(out, builder, model.eval(), tokenizer)
+    return Imported(run, f"{config.model_type}, {model.num_params():,} parameters")
 
 
-def read_config(path: Path, config: Mapping[str, Any]) -> tuple[Layout, int | None]:
-    """The sizes, and how many experts a token visits.
-
-    Raises:
-        ConfigError: the model is not one of ours; the message names every reason.
-    """
-    kind = config.get("model_type")
-    if kind not in ("llama", "mixtral"):
-        raise ConfigError(
-            f"{path}: model_type is {kind!r}: only llama and mixtral can be imported", hint="choose another model"
-        )
-    if missing := [key for key in NEEDED if key not in config]:
-        raise DataError(f"{path} lacks {', '.join(missing)}", hint="restore it from the model's source")
-    known = {**(DEFAULTS if kind == "llama" else MIXTRAL_DEFAULTS), **config}
-    wrong: list[str] = []
-    counts = (
-        *NEEDED,
-        "max_position_embeddings",
-        *(("num_local_experts", "num_experts_per_tok") if kind == "mixtral" else ()),
-    )
-    wrong += [f"{key} is {known[key]!r}" for key in counts if type(known[key]) is not int or known[key] < 1]
-    if wrong:
-        raise DataError(f"{path}: {'; '.join(wrong)}", hint="restore it from the model's source")
-    heads = known["num_attention_heads"]
-    kv_heads = known.get("num_key_value_heads") or heads
-    width = known["hidden_size"]
-    if known["hidden_act"] != "silu":
-        wrong.append(f"hidden_act is {known['hidden_act']!r}, and swiglu has silu")
-    if width % heads or (known.get("head_dim") or width // heads) * heads != width:
-        wrong.append(f"head_dim is {known.get('head_dim')}, and ours is hidden_size / num_attention_heads")
-    if not (isinstance(kv_heads, int) and kv_heads > 0 and heads % kv_heads == 0):
-        wrong.append(f"num_key_value_heads is {kv_heads}, no divisor of num_attention_heads {heads}")
-    wrong += _rope_obstacles(known)
-    window = known.get("sliding_window")
-    if window is not None and known.get("use_sliding_window", True) and window < known["max_position_embeddings"]:
-        wrong.append(f"sliding_window is {window}, less than max_position_embeddings, and mha sees all")
-    if known.get("quantization_config"):
-        wrong.append("quantization_config: its weights are quantised")
-    if kind == "mixtral" and (known["attention_bias"] or known["mlp_bias"]):
-        wrong.append("attention_bias or mlp_bias, which Mixtral has not")
-    if wrong:
-        raise ConfigError(f"{path}: {'; '.join(wrong)}", hint="choose another model")
-    mixtral = kind == "mixtral"
-    layout = Layout(
-        vocab_size=known["vocab_size"],
-        d_model=width,
-        d_ff=known["intermediate_size"],
-        num_layers=known["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        experts=known["num_local_experts"] if mixtral else None,
-        attention_bias=bool(known["attention_bias"]),
-        ffn_bias=bool(known["mlp_bias"]),
-        tied=bool(known["tie_word_embeddings"]),
-    )
-    return layout, known["num_experts_per_tok"] if mixtral else None
-
-
-def _rope_obstacles(config: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("rope_scaling", "rope_parameters"):
-        section = config.get(key) or {}
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default":
-            yield f"{key}: positions are scaled ({kind}), and ours are not"
-        if section.get("partial_rotary_factor", 1.0) != 1.0:
-            yield f"{key}: partial_rotary_factor is {section['partial_rotary_factor']}, and ours turns whole heads"
-
-
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of the angles, from wherever this version of transformers has written it."""
-    usual = 10_000.0 if config["model_type"] == "llama" else 1_000_000.0
-    section = config.get("rope_parameters") or {}
-    return float(section.get("rope_theta", config.get("rope_theta", usual)))
-
-
-def _profile(
-    folder: Path,
-    config: Mapping[str, Any],
-    layout: Layout,
-    top_k: int | None,
-    tokenizer: Path,
-    train_path: str | None,
-) -> dict[str, Any]:
-    usual = DEFAULTS if layout.experts is None else MIXTRAL_DEFAULTS
-    model: dict[str, Any] = {
-        "vocab_size": layout.vocab_size,
-        "max_seq_len": config.get("max_position_embeddings", usual["max_position_embeddings"]),
-        "d_model": layout.d_model,
-        "num_heads": layout.num_heads,
-        "num_layers": layout.num_layers,
-        "d_ff": layout.d_ff,
-        "attention_name": "mha",
-        "ffn_name": "swiglu",
-        "norm": "rmsnorm",
-        "norm_eps": config.get("rms_norm_eps", usual["rms_norm_eps"]),
-        "positions": "rope",
-        "rope_theta": rope_theta(config),
-        "tie_embeddings": layout.tied,
-        "mha": {"num_kv_heads": layout.num_kv_heads, "bias": layout.attention_bias},
-        "swiglu": {"bias": layout.ffn_bias},
-    }
-    if layout.experts is not None:
-        model["router_name"] = "topk_moe"
-        model["moe"] = {"enabled": True, "experts": layout.experts, "top_k": top_k}
+def _profile(folder: Path, config: Llama, tokenizer: Path, train_path: str | None) -> dict[str, Any]:
     data: dict[str, Any] = {"tokenizer": "file", "file": {"path": str(tokenizer)}}
     if train_path is not None:
-        data["train_path"] = str(Path(train_path).expanduser().absolute())
+        text = Path(train_path).expanduser().absolute()
+        if not text.exists():
+            raise DataError(f"--train-path: there is no {text}", hint="name a text file or a folder of them")
+        data["train_path"] = str(text)
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name)[:100].lstrip(".-") or "imported"
     return {
         "name": name,
         "description": f"imported from {folder}",
-        "model": model,
+        "model": config.profile(),
         "data": data,
         # A model that is trained already would be thrown back by the rate that trains one from nothing.
         "training": {"learning_rate": 2e-5, "warmup_steps": 100},
@@ -222,9 +104,9 @@ def _profile(
 def _files(folder: Path) -> dict[str, str]:
     """{tensor: file} of the folder, without what follows from the config."""
     if (folder / INDEX).is_file():
-        named = _read_json(folder / INDEX, "restore it from the model's source").get("weight_map")
+        named = _read_json(folder / INDEX, RESTORE).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-            raise DataError(f"{folder / INDEX} has no weight_map", hint="restore it from the model's source")
+            raise DataError(f"{folder / INDEX} has no weight_map", hint=RESTORE)
         for file in named.values():
             if re.search(r"[/\\\0]|^\.|^$|^[A-Za-z]:", file):
                 raise DataError(
@@ -244,9 +126,8 @@ def _files(folder: Path) -> dict[str, str]:
     return {name: file for name, file in files.items() if not DERIVED.fullmatch(name)}
 
 
-def _check_end(config: Mapping[str, Any], eos_id: int | None) -> None:
+def _check_end(named: int | list[int] | None, eos_id: int | None) -> None:
     """Warn where a text would end at another token than the model was trained to write."""
-    named = config.get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if ids and eos_id not in ids:
         warnings.warn(
@@ -268,7 +149,7 @@ def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> No
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise DataError(
                 f"{folder} {what} {names[0]}{more}: it does not hold the model that config.json describes",
-                hint="restore it from the model's source",
+                hint=RESTORE,
             )
     for file in sorted(set(files.values())):
         with _open(folder / file) as tensors:
@@ -285,7 +166,7 @@ def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> No
                     raise DataError(
                         f"{folder / file}: {name} is {list(shape) if shape else 'missing'}, and config.json makes it "
                         f"{list(wanted[name])}",
-                        hint="restore it from the model's source",
+                        hint=RESTORE,
                     )
 
 
@@ -308,7 +189,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"{path} cannot be read: {reason}", hint="restore it from the model's source") from error
+        raise DataError(f"{path} cannot be read: {reason}", hint=RESTORE) from error
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
