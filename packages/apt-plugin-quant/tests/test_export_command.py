@@ -131,7 +131,9 @@ def test_torch_export_with_learned_positions(tmp_path: Path) -> None:
         program(tokens)
 
 
-def test_the_part_that_cannot_be_traced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_that_cannot_be_traced_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     moe = pytest.importorskip("apt_plugin_moe.plugin", reason="experts are what cannot be traced")
     from apt.api import registry
 
@@ -143,6 +145,7 @@ def test_the_part_that_cannot_be_traced_is_named(tmp_path: Path, monkeypatch: py
         export(run.path, "--format", "torch-export", "--out", tmp_path / "out")
     assert "\n" not in str(said.value)
     assert not (tmp_path / "out").exists()
+    assert "def forward" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("wrong", [1.0002, float("nan")])

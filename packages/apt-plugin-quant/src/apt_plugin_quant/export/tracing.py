@@ -6,7 +6,10 @@ that grows by concatenation and leaves what it was given alone; tensors out, of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -133,23 +136,21 @@ def trace(loaded: LoadedRun, target: str, make: Callable[[], Any]) -> Any:
         ProviderError: it cannot be traced; the message names the part that stands in the way.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _silence():
             return make()
     except AptError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        said = f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+        culprit, why = _culprit(loaded) or ("the model as a whole", error)
         raise ProviderError(
-            f"the model cannot be exported as {target}: {_culprit(loaded) or 'the model as a whole'} "
-            f"cannot be traced ({said})",
+            f"the model cannot be exported as {target}: {culprit} cannot be traced ({_reason(why)})",
             hint="train with parts that can, such as mha or tva_default with swiglu or default, "
-            "or export the weights: --format safetensors",
+            "or export the weights: --format hf or safetensors",
         ) from error
 
 
-def _culprit(loaded: LoadedRun) -> str | None:
-    """The first part of a block that cannot be traced alone."""
+def _culprit(loaded: LoadedRun) -> tuple[str, Exception] | None:
+    """The first part of a block that cannot be traced alone, and why."""
     block = loaded.model.blocks[0]
     x_BTD = torch.zeros(2, 3, loaded.model.d_model)
     length = torch.export.Dim("length")
@@ -158,11 +159,24 @@ def _culprit(loaded: LoadedRun) -> str | None:
     for kind, place in places.items():
         part = _Alone(block.get_submodule(place), self_attention=kind == "attention")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _silence():
                 torch.export.export(part, (x_BTD,), dynamic_shapes=({1: length},), strict=False)
-        except Exception:
-            return f"model.{kind}_name: {slots.get(kind)}"
+        except Exception as error:
+            return f"model.{kind}_name: {slots.get(kind)}", error
     return None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Where it fails, the tracer prints the whole graph that it has so far."""
+    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 class _Alone(nn.Module):
