@@ -160,9 +160,14 @@ def test_without_a_cache_it_is_a_full_pass_alone(tmp_path: Path, monkeypatch: An
     assert differences.keys() == {"full pass"}
 
 
-def test_learned_positions_go_on_with_the_cache_up_to_the_last_one(tmp_path: Path) -> None:
+def test_learned_positions_go_on_up_to_the_last_one_and_large_weights_lie_beside_the_graph(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(onnx_export, "ONE_FILE", 0)
     run = make_run(tmp_path / "run", SIZES | {"num_layers": 1, "positions": "learned", "max_seq_len": 16})
     export(run.path, "--format", "onnx", "--out", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/export.json").read_text())
+    assert manifest["files"]["model.onnx.data"]["bytes"] > manifest["files"]["model.onnx"]["bytes"]
     session, tokens = Session(tmp_path / "out"), some_tokens(1, 16)
     first, past = session(tokens[:, :11], session.empty(1))
     second, past = session(tokens[:, 11:], past)
