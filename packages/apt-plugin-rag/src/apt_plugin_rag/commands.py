@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.api import AptWarning, ConfigError, DataError
+from apt_plugin_rag.folder import is_store
 from apt_plugin_rag.passages import SUFFIXES, cut_file, find_files, read
 from apt_plugin_rag.store import Store, open_store
 
@@ -69,7 +70,7 @@ def run_index(args: argparse.Namespace) -> int:
     paths = [Path(path).absolute() for path in args.paths]
     # A path that is gone takes its documents with it.
     gone = [path for path in paths if not path.exists() and any(_is_under(name, [path]) for name in known)]
-    files, left_out = find_files(path for path in paths if path not in gone)
+    files, left_out = find_files((path for path in paths if path not in gone), skip=is_store)
     removed = {name for name in known if _is_under(name, paths)} - set(map(str, files))
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(SHOWN))
@@ -106,9 +107,7 @@ def run_query(args: argparse.Namespace) -> int:
     """Show the best passages."""
     given = {name: getattr(args, name) for name in ("model", "run") if getattr(args, name) is not None}
     retriever = open_retriever(args.store, **given)
-    started = time.perf_counter()
     found = retriever.retrieve(args.query, args.k)
-    milliseconds = 1e3 * (time.perf_counter() - started)
     if args.json:
         print(json.dumps([{"source": p.source, "score": p.score, "text": p.text} for p in found]))
         return 0
@@ -117,8 +116,7 @@ def run_query(args: argparse.Namespace) -> int:
         shown = lines[:SHOWN] + (["..."] if len(lines) > SHOWN else [])
         print(f"{rank}. {passage.source}  ({passage.score:.4f})")
         print(textwrap.indent("\n".join(shown), "   "))
-    size = retriever.store.size()
-    print(f"{len(found)} of {size.passages:,} passages, {milliseconds:.1f} ms")
+    print(f"{len(found)} of {retriever.store.size().passages:,} passages")
     return 0
 
 

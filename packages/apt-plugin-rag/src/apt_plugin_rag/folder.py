@@ -123,8 +123,8 @@ class FolderStore(Store):
     def read(self, ids: Sequence[int]) -> list[Passage]:
         return [self._contents.passages[i] for i in ids]
 
-    def array(self, name: str) -> NDArray[Any]:
-        return self._contents.arrays[name]
+    def array(self, name: str) -> NDArray[Any] | None:
+        return self._contents.arrays.get(name)
 
     @cached_property
     def _points(self) -> NearestPoints:
@@ -266,6 +266,11 @@ class PassageFile(Sequence[Passage]):
             return [self[i] for i in range(*index.indices(len(self)))]
         source, text = json.loads(self._bytes[self._starts[index] : self._starts[index + 1]])
         return Passage(text, source)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder holds a store."""
+    return (path / MANIFEST).is_file() and any(path.glob("data-*/passages.jsonl"))
 
 
 def _write(folder: Path, contents: Contents) -> None:

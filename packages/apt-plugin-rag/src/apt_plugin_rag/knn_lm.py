@@ -6,8 +6,8 @@ before it (the key) and the token itself (the value) are kept. At each step of a
     p(y) = lambda p_knn(y) + (1 - lambda) p_lm(y),    p_knn(y) = sum over neighbours with value y of softmax(-d / T)
 
 over the k nearest keys, d being the squared distance. Keys are the model's last hidden states, after its final norm;
-the paper takes the input of the last feed-forward layer. T is given in units of the keys' own mean squared distance from
-their centre, so that one value serves models of any width.
+the paper takes the input of the last feed-forward layer. T is given in units of the keys' own mean squared distance
+from their centre, so that one value serves models of any width.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from apt_plugin_rag.contents import Floats, TermCounts, Vectors
 
+ARRAYS = ("lsi_vocabulary", "lsi_idf", "lsi_components")
+"""What is kept to make vectors of queries: the terms as UTF-8 lines, their idf [V], the singular vectors [K, V]."""
+
 
 def fit(terms: TermCounts, dimensions: int) -> tuple[Vectors, dict[str, NDArray[Any]]]:
     """The vectors of all passages, of length one, and the arrays that `embed` needs.
@@ -38,11 +41,10 @@ def fit(terms: TermCounts, dimensions: int) -> tuple[Vectors, dict[str, NDArray[
     lengths_N = np.linalg.norm(vectors_NK, axis=1)
     owners = np.flatnonzero(lengths_N > 1e-9)
     points = vectors_NK[owners] / lengths_N[owners, None]
-    arrays = {
-        "lsi_vocabulary": np.frombuffer("\n".join(terms.vocabulary).encode(), np.uint8),
-        "lsi_idf": weighting.idf_.astype(np.float32),
-        "lsi_components": components_KV.astype(np.float32),
-    }
+    words = np.frombuffer("\n".join(terms.vocabulary).encode(), np.uint8)
+    arrays = dict(
+        zip(ARRAYS, (words, weighting.idf_.astype(np.float32), components_KV.astype(np.float32)), strict=True)
+    )
     return Vectors.of(points.astype(np.float32), owners.astype(np.int64)), arrays
 
 
@@ -54,9 +56,8 @@ class LSI:
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        words = bytes(arrays["lsi_vocabulary"]).decode()
-        self._number = {term: index for index, term in enumerate(words.split("\n"))} if words else {}
-        self._idf_V, self._components_KV = arrays["lsi_idf"], arrays["lsi_components"]
+        words, self._idf_V, self._components_KV = (arrays[name] for name in ARRAYS)
+        self._number = {term: index for index, term in enumerate(bytes(words).decode().split("\n"))}
 
     def embed(self, counts: Mapping[str, int]) -> Floats | None:
         """The vector [K] of a text with these terms, of length one; None if none of them is known."""

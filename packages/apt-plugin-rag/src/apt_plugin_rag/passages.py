@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from apt.api import DataError
@@ -24,8 +24,11 @@ BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s", r"\s")
 """Where a text is cut, best first: paragraphs, lines, sentences, words."""
 
 
-def find_files(paths: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
+def find_files(paths: Iterable[Path], skip: Callable[[Path], bool]) -> tuple[list[Path], Counter[str]]:
     """The files to read, each once and in order, and how many were left out in folders, by suffix.
+
+    Args:
+        skip: whether a folder is not looked into; hidden ones never are.
 
     Raises:
         DataError: a path does not exist.
@@ -40,7 +43,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
             files.add(path)
             continue
         for folder, folders, names in os.walk(path):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".") and not skip(Path(folder, name))]
             for name in names:
                 suffix = Path(name).suffix.lower()
                 if suffix in SUFFIXES and not name.startswith("."):

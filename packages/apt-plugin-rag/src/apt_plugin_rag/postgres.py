@@ -174,10 +174,14 @@ class PostgresStore(Store):
         found = {number: Passage(text, source) for number, text, source in rows}
         return [found[number] for number in ids]
 
-    def array(self, name: str) -> NDArray[Any]:
-        rows = self._all("select dtype, shape, data from arrays where name = %s", [name])
+    def array(self, name: str) -> NDArray[Any] | None:
+        rows = (
+            self._all("select dtype, shape, data from arrays where name = %s", [name])
+            if self._manifest is not None
+            else []
+        )
         if not rows:
-            raise damaged(self.where, f"it lacks the array {name}")
+            return None
         dtype, shape, data = rows[0]
         return np.frombuffer(data, np.dtype(dtype)).reshape(shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar
@@ -14,7 +15,7 @@ from apt.api import ConfigError
 from apt.core.providers.retrieval import Passage, RetrievalProvider
 from apt_plugin_rag.contents import Document, Fit, Vectors
 from apt_plugin_rag.embeddings import Embedder
-from apt_plugin_rag.lsi import LSI, fit
+from apt_plugin_rag.lsi import ARRAYS, LSI, fit
 from apt_plugin_rag.store import Manifest, Store, open_store
 from apt_plugin_rag.terms import Analyzer
 
@@ -218,8 +219,9 @@ class DenseRetriever(StoredRetriever):
         if self._model is None:
             return Document(name, sha256, passages, [self._analyzer.counts(passage.text) for passage in passages])
         texts = [passage.text for passage in passages]
-        batches = [self._model.embed(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
-        points = np.concatenate(batches)
+        if not texts:
+            return Document(name, sha256, passages)
+        points = np.concatenate([self._model.embed(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
         owners = np.flatnonzero(np.any(points != 0, axis=1)).astype(np.int64)
         return Document(name, sha256, passages, vectors=Vectors.of(points[owners], owners))
 
@@ -230,13 +232,11 @@ class DenseRetriever(StoredRetriever):
         return self._model.description if self._model is not None else None
 
     def search(self, query: str, k: int) -> list[Scored]:
-        if not self.store.size().vectors:
-            return []
-        vector_K: Any
+        vector_K: Any = None
         if self._model is not None:
             vector_K = self._model.embed([query])[0]
-        else:
-            vector_K = self._lsi.embed(_counted(self._analyzer.query(query)))
+        elif self._lsi is not None:
+            vector_K = self._lsi.embed(Counter(self._analyzer.query(query)))
         if vector_K is None or not vector_K.any():
             return []
         [found] = self.store.nearest(vector_K[None], k)
@@ -248,8 +248,10 @@ class DenseRetriever(StoredRetriever):
         super().update(*changes, **more)
 
     @cached_property
-    def _lsi(self) -> LSI:
-        return LSI({name: self.store.array(name) for name in ("lsi_vocabulary", "lsi_idf", "lsi_components")})
+    def _lsi(self) -> LSI | None:
+        """None for a store that is empty."""
+        arrays = {name: array for name in ARRAYS if (array := self.store.array(name)) is not None}
+        return LSI(arrays) if arrays else None
 
 
 class HybridRetriever(DenseRetriever, BM25Retriever):
@@ -280,10 +282,6 @@ def fuse(lists: Iterable[Sequence[Scored]], rank_constant: float) -> list[Scored
         for rank, (passage, _) in enumerate(ranked, start=1):
             scores[passage] = scores.get(passage, 0.0) + 1 / (rank_constant + rank)
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _counted(terms: Sequence[str]) -> Mapping[str, int]:
-    return {term: terms.count(term) for term in terms}
 
 
 def _describe(embeddings: Mapping[str, Any] | None) -> str:

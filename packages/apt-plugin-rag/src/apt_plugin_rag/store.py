@@ -119,8 +119,8 @@ class Store(ABC):
         """The passages of these ids, in that order."""
 
     @abstractmethod
-    def array(self, name: str) -> NDArray[Any]:
-        """An array that `fit` made."""
+    def array(self, name: str) -> NDArray[Any] | None:
+        """An array that `fit` made; None where it has made none."""
 
     def close(self) -> None:
         """Give back what it holds open."""
