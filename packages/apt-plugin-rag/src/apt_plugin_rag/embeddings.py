@@ -52,18 +52,26 @@ class Embedder:
 
 
 def _kind(path: Path) -> str:
-    try:
-        if json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "model2vec":
-            return "model2vec"
-    except (OSError, ValueError, AttributeError):
-        pass
-    if (path / "modules.json").is_file():
+    modules, config = _json(path / "modules.json"), _json(path / "config.json")
+    # Both libraries write static embeddings, and model2vec needs no torch to read them.
+    is_static = isinstance(modules, list) and len(modules) == 1 and "StaticEmbedding" in str(modules)
+    if (path / "tokenizer.json").is_file() and (is_static or "model2vec" in str(config)):
+        return "model2vec"
+    if isinstance(modules, list):
         return "sentence-transformers"
     what = "is not the folder of a model of sentence-transformers or model2vec" if path.is_dir() else "is no folder"
     raise ConfigError(
         f"the model {path} {what}",
         hint="give the folder of one that was downloaded before, or leave --model out for latent semantic indexing",
     )
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None where there is none, or something else than JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _load(kind: str, path: Path) -> Callable[[list[str]], Any]:
