@@ -164,8 +164,9 @@ class PostgresStore(Store):
     def sample(self, count: int) -> Floats:
         step = max(1, -(-self.size().vectors // count))
         rows = self._all(
-            "select embedding from (select embedding, row_number() over (order by id) as number from vectors) as every"
-            " where number %% %s = 0 limit %s", [step, count]
+            "select embedding::real[] from"
+            " (select embedding, row_number() over (order by id) - 1 as number from vectors) as every"
+            " where number %% %s = 0", [step]
         ) if self._manifest is not None else []  # fmt: skip
         return np.array([row[0] for row in rows], np.float32).reshape(len(rows), -1)
 

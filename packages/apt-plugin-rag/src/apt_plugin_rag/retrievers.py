@@ -35,11 +35,16 @@ class Settings(BaseModel):
     """A folder, or postgresql://...#SCHEMA; in memory if left out."""
     passage_words: Annotated[int, Field(ge=1)] = 100
     """Most words of a passage."""
+
+
+class TermSettings(Settings):
+    """How texts become terms."""
+
     language: str = "english"
     """Whose stems and function words; `none` for words as they are."""
 
 
-class BM25Settings(Settings):
+class BM25Settings(TermSettings):
     """As bm25s and Lucene have them."""
 
     k1: Annotated[float, Field(ge=0)] = 1.5
@@ -48,7 +53,7 @@ class BM25Settings(Settings):
     """How much long passages are held back."""
 
 
-class DenseSettings(Settings):
+class DenseSettings(TermSettings):
     """Whose vectors."""
 
     model: str | None = None
