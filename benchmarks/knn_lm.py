@@ -4,9 +4,9 @@
     python benchmarks/knn_lm.py --run runs/shakespeare --text input.txt
 
 The datastore holds the training split alone: the first nine tenths of the text's tokens, as the run was trained on.
-lambda and the temperature are chosen on every `--every`-th token of the first half of the validation split, and reported
-on every `--every`-th token of the second half. The model alone is measured on the very same tokens with the very same
-context (32 to 64 tokens, where its longest context is 64).
+lambda and the temperature are chosen on every `--every`-th token of the first half of the validation split, and
+reported on every `--every`-th token of the second half. The model alone is measured on the very same tokens with the
+very same context (32 to 64 tokens, where its longest context is 64).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from apt_plugin_rag.knn_lm import KNNRetriever, Mixer, hidden_states
 from apt_plugin_rag.passages import cut
 
 LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 BATCH = 64
 TIMED = 50
 
@@ -88,11 +88,9 @@ class Measured:
     def __init__(self, generator: Any, retriever: KNNRetriever, states: Any, ids: Any, positions: range) -> None:
         where = np.array(positions)
         self.targets = ids[where + 1]
-        weight_VD = (
-            generator.model.token_embedding.weight if generator.model.head is None else generator.model.head.weight
-        )
+        head = generator.model.head or generator.model.token_embedding
         with torch.inference_mode():
-            logits = F.linear(torch.from_numpy(states[where]), weight_VD)
+            logits = F.linear(torch.from_numpy(states[where]), head.weight)
             self.p_lm = logits.double().softmax(dim=-1).numpy()[np.arange(len(where)), self.targets]
         self.mixer = Mixer(retriever.store, retriever.config)
         self.found = [
