@@ -59,7 +59,7 @@ def test_one_path_leaves_what_came_from_another(apt: Apt, folder: Path) -> None:
     shutil.rmtree(folder / "deep")
     gone = apt("rag", "index", "docs/deep", "--store", "s")
     assert gone.out.startswith("0 new, 0 changed, 1 removed, 0 unchanged files")
-    assert "1 documents" in gone.out
+    assert "1 document, 1 passage, 10 terms" in gone.out
 
 
 def test_a_store_among_the_texts_is_not_indexed(apt: Apt, folder: Path) -> None:

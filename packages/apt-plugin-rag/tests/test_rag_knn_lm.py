@@ -136,7 +136,8 @@ def test_generation_mixes_a_datastore_and_names_its_sources(apt: Apt, run: Path)
     assert "text.txt:" in read.err
     assert read.out != plain.out
     assert read.out == "0 green bottles \n"  # the text itself, which so short a training has not learned
-    assert "warning: --retrieve: --knn-lambda is 2" in apt(*generate, "--retrieve", "kn", "--knn-lambda", 2).err
+    for wrong in (("--knn-lambda", 1), ("--knn-temperature", 0), ("--knn-temperature", "hot"), ("--retrieve-k", 0)):
+        assert apt(*generate, "--retrieve", "kn", *wrong).code == 2
     assert apt("rag", "query", "7 green bott", "--store", "kn", "-k", 1).code == 0
 
 

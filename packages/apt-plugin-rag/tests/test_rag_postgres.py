@@ -147,3 +147,17 @@ def test_the_command_line_takes_an_address(apt: Callable[..., Any], folder: Path
     (folder / "bears.txt").unlink()
     assert apt("rag", "index", folder, "--store", address).out.startswith("0 new, 0 changed, 1 removed, 2 unchanged")
     assert "passages    3" in apt("rag", "info", "--store", address).out
+
+
+def test_somebody_may_create_an_index_of_the_vectors(address: str) -> None:
+    import psycopg
+
+    retriever = DenseRetriever({"language": "none", "dimensions": 5, "store": address})
+    retriever.update((), documents(0))
+    exact = retriever.retrieve("ant bee", 3)
+    url, _, schema = address.partition("#")
+    with psycopg.connect(url) as connection:
+        connection.execute(f"create index on {schema}.vectors using hnsw (embedding vector_l2_ops)")
+    assert retriever.retrieve("ant bee", 3) == exact
+    retriever.update(["000"], documents(1)[:3])  # the vectors are made anew under the index
+    assert len(retriever.retrieve("ant bee", 3)) == 3

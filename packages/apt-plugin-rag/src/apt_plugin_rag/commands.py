@@ -15,6 +15,7 @@ from typing import Any
 from apt.api import AptWarning, ConfigError, DataError
 from apt_plugin_rag.folder import is_store
 from apt_plugin_rag.passages import SUFFIXES, cut_file, find_files, read
+from apt_plugin_rag.plugin import whole_number
 from apt_plugin_rag.store import Store, open_store
 
 DEFAULT = "bm25"
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="embeddings of sentence-transformers or model2vec, for dense and hybrid"
     )
     index.add_argument("--run", metavar="RUN", help="the run whose hidden states are kept, for knn_lm")
-    index.add_argument("--passage-words", type=_count, metavar="N", help="most words of a passage (100)")
+    index.add_argument("--passage-words", type=whole_number, metavar="N", help="most words of a passage (100)")
     index.add_argument("--language", metavar="L", help="whose stems, for bm25, dense and hybrid (english)")
     index.add_argument("--text-field", default="text", metavar="F", help="the field of .jsonl (%(default)s)")
     index.set_defaults(run_rag=run_index)
@@ -45,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     query = actions.add_parser("query", help=what, description=_sentence(what))
     query.add_argument("query", metavar="QUERY", help="what is sought")
     _add_store(query)
-    query.add_argument("-k", type=_count, default=5, metavar="N", help="passages to show (%(default)s)")
+    query.add_argument("-k", type=whole_number, default=5, metavar="N", help="passages to show (%(default)s)")
     query.add_argument("--model", metavar="DIR", help="where the store's embedding model lies now")
     query.add_argument("--run", metavar="RUN", help="where the run of a knn_lm store lies now")
     query.add_argument("--json", action="store_true", help="print JSON")
@@ -77,24 +78,24 @@ def run_index(args: argparse.Namespace) -> int:
         warnings.warn(f"files that are not {', '.join(SUFFIXES)} are left out: {kinds}", AptWarning, stacklevel=2)
 
     counts: Counter[str] = Counter(removed=len(removed))
-    progress = _Progress(len(files))
     changed = []
-    for number, path in enumerate(files, start=1):
-        text, sha256 = read(path)
-        progress.read(number)
-        what = "unchanged" if known.get(str(path)) == sha256 else "changed" if str(path) in known else "new"
-        if what != "unchanged":
-            passages = cut_file(path, text, retriever.config.passage_words, args.text_field)
-            what = what if passages else "empty"
-            changed.append((str(path), sha256, passages))
-        counts[what] += 1
-    if not removed and not any(known) and not any(passages for _, _, passages in changed):
-        where = ", ".join(args.paths)
-        raise DataError(f"there is no text to index in {where}", hint=f"give {', '.join(SUFFIXES)} files with text")
-    if changed or removed:
-        progress.start(sum(len(passages) for _, _, passages in changed))
-        retriever.update(removed, changed, progress.indexed)
-    progress.close()
+    with _Progress(len(files)) as progress:
+        for number, path in enumerate(files, start=1):
+            text, sha256 = read(path)
+            progress.read(number)
+            what = "unchanged" if known.get(str(path)) == sha256 else "changed" if str(path) in known else "new"
+            if what != "unchanged":
+                passages = cut_file(path, text, retriever.config.passage_words, args.text_field)
+                what = what if passages else "empty"
+                changed.append((str(path), sha256, passages))
+            counts[what] += 1
+        total = sum(len(passages) for _, _, passages in changed)
+        if not known and not total:
+            where = ", ".join(args.paths)
+            raise DataError(f"there is no text to index in {where}", hint=f"give {', '.join(SUFFIXES)} files with text")
+        if changed or removed:
+            progress.start(total)
+            retriever.update(removed, changed, progress.indexed)
     size = retriever.store.size()
     said = [f"{counts[what]:,} {what}" for what in ("new", "changed", "removed", "unchanged")]
     said += [f"{counts['empty']:,} empty"] if counts["empty"] else []
@@ -112,9 +113,9 @@ def run_query(args: argparse.Namespace) -> int:
         print(json.dumps([{"source": p.source, "score": p.score, "text": p.text} for p in found]))
         return 0
     for rank, passage in enumerate(found, start=1):
-        lines = textwrap.wrap(" ".join(passage.text.split()), 100)
+        lines = textwrap.wrap(_printable(" ".join(passage.text.split())), 100)
         shown = lines[:SHOWN] + (["..."] if len(lines) > SHOWN else [])
-        print(f"{rank}. {passage.source}  ({passage.score:.4f})")
+        print(f"{rank}. {_printable(passage.source)}  ({passage.score:.4f})")
         print(textwrap.indent("\n".join(shown), "   "))
     print(f"{len(found)} of {retriever.store.size().passages:,} passages")
     return 0
@@ -186,8 +187,14 @@ class _Progress:
         from rich.progress import Progress
 
         self._bar = Progress(console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
-        self._bar.start()
         self._task = self._bar.add_task("reading", total=files)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def read(self, number: int) -> None:
         self._bar.update(self._task, completed=number)
@@ -198,15 +205,16 @@ class _Progress:
     def indexed(self, passages: int) -> None:
         self._bar.advance(self._task, passages)
 
-    def close(self) -> None:
-        self._bar.stop()
-
 
 def _describe(size: Any) -> str:
-    parts = [f"{size.documents:,} documents", f"{size.passages:,} passages"]
-    parts += [f"{size.terms:,} terms"] if size.terms else []
-    parts += [f"{size.vectors:,} vectors of {size.dimensions}"] if size.vectors else []
-    return ", ".join(parts)
+    counts = [(number, name) for name, number in size._asdict().items() if name != "dimensions"]
+    parts = [f"{number:,} {name if number != 1 else name.removesuffix('s')}" for number, name in counts if number]
+    return ", ".join(parts) + (f" of {size.dimensions} dimensions" if size.vectors else "") if parts else "empty"
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def _is_under(name: str, paths: list[Path]) -> bool:
@@ -217,12 +225,6 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", required=True, metavar="STORE", help="a folder, or postgresql://USER@HOST/DATABASE#SCHEMA"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
-    return int(text)
 
 
 def _sentence(text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from apt.api import AptError, AptWarning, ConfigError, DataError
+from apt.api import AptError, AptWarning, DataError
 from apt.core.providers.retrieval import Passage
 from apt_plugin_rag.commands import open_retriever
 from apt_plugin_rag.knn_lm import KNNRetriever, Mixer, check_model
@@ -67,10 +67,6 @@ def next_token(logits: Any, generator: Any) -> Any:
 
 def _open(generator: Any) -> Reading:
     options = generator.options
-    for name, low, high in (("knn_lambda", 0, 1), ("knn_temperature", 0, float("inf"))):
-        value = getattr(options, name, None)
-        if value is not None and not low < value < high:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}", hint=f"use more than {low}, below {high}")
     given = {"weight": getattr(options, "knn_lambda", None), "temperature": getattr(options, "knn_temperature", None)}
     settings = {name: value for name, value in given.items() if value is not None}
     retriever = open_retriever(options.retrieve, **settings)

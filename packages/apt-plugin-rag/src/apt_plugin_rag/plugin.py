@@ -47,12 +47,14 @@ def apt_register_options(command: str, options: Any) -> None:
         metavar="STORE",
         help="generate from what `apt rag index` has put into STORE, and name the sources",
     )
-    options.add_argument("--retrieve-k", type=int, default=3, metavar="N", help="passages to read (%(default)s)")
     options.add_argument(
-        "--knn-lambda", type=float, metavar="L", help="share of the datastore in each prediction, for a knn_lm store"
+        "--retrieve-k", type=whole_number, default=3, metavar="N", help="passages to read (%(default)s)"
     )
     options.add_argument(
-        "--knn-temperature", type=float, metavar="T", help="how evenly neighbours count, for a knn_lm store"
+        "--knn-lambda", type=_share, metavar="L", help="share of the datastore in each prediction, for a knn_lm store"
+    )
+    options.add_argument(
+        "--knn-temperature", type=_positive, metavar="T", help="how evenly neighbours count, for a knn_lm store"
     )
 
 
@@ -72,3 +74,25 @@ def on_next_token(logits: Any, generator: Any) -> Any:
     from apt_plugin_rag.generation import next_token
 
     return next_token(logits, generator)
+
+
+def whole_number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    if (number := _positive(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number

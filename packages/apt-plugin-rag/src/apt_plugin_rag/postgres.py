@@ -199,15 +199,16 @@ class PostgresStore(Store):
     def _insert(self, document: Document) -> None:
         number = self._one("insert into documents (name, sha256) values (%s, %s) returning id", document.name,
                            document.sha256)  # fmt: skip
-        ids: list[int] = []
+        lengths = [0] * len(document.passages)
+        if document.terms is not None:
+            lengths = [sum(counts.values()) for counts in document.terms]
         with self._connection.cursor() as cursor:
-            for i, passage in enumerate(document.passages):
-                length = sum(document.terms[i].values()) if document.terms is not None else 0
-                cursor.execute(
-                    "insert into passages (document, source, text, length) values (%s, %s, %s, %s) returning id",
-                    [number, passage.source, passage.text, length],
-                )
-                ids += cursor.fetchone() or ()
+            cursor.execute(
+                "insert into passages (document, source, text, length)"
+                " select %s, * from unnest(%s::text[], %s::text[], %s::int[]) returning id",
+                [number, [p.source for p in document.passages], [p.text for p in document.passages], lengths],
+            )
+            ids = sorted(row[0] for row in cursor)
             if document.terms is not None:
                 with cursor.copy("copy terms (term, passage, count) from stdin") as copy:
                     for passage_id, counts in zip(ids, document.terms, strict=True):
@@ -217,6 +218,14 @@ class PostgresStore(Store):
             self._insert_vectors(document.vectors, ids)
 
     def _insert_vectors(self, vectors: Vectors, ids: Sequence[int]) -> None:
+        if self._one("select true from vectors limit 1") is None:
+            from psycopg import sql
+
+            # A column with a fixed number of dimensions can have an index.
+            width = sql.Literal(vectors.points.shape[1])
+            self._connection.execute(
+                sql.SQL("alter table vectors alter column embedding type vector({})").format(width)
+            )
         with (
             self._connection.cursor() as cursor,
             cursor.copy("copy vectors (passage, value, embedding) from stdin (format binary)") as copy,
