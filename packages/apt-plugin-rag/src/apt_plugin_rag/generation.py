@@ -86,6 +86,8 @@ def _with_passages(prompt: str, retriever: StoredRetriever, generator: Any) -> s
         return None
     # Half of the context, or what the new text needs if that is less, is left free: what slides out is not read.
     room = limit - len(encode(prompt)) - min(getattr(options, "max_tokens", limit), limit // 2)
+    if getattr(options, "command", None) == "chat":
+        room //= 2  # the rest is for what was said before
     used: list[Passage] = []
     before = ""
     for passage in found:
