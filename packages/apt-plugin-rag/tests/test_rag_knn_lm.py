@@ -116,6 +116,9 @@ def test_the_passages_before_a_datastores_neighbours_are_found(trained: Path) ->
     assert size.vectors == len(text.read_text()) - 1
     assert [p.source.partition(":")[0] for p in retriever.retrieve("7 green bott", 2)] == ["text.txt"] * 2
     assert retriever.retrieve("", 2) == []
+    [first] = retriever.retrieve(text.read_text()[:60], 1)
+    assert first.source == "text.txt:1"
+    assert 0 < first.score <= 1
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from their centre, so that one value serves models of any width.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,9 @@ WINDOWS = 64
 
 SAMPLED = 256
 """Numbers of each tensor that a fingerprint is made of: training changes all of them."""
+
+QUERIED = 64
+"""States at the end of a query by which passages are sought."""
 
 MEASURED = 4096
 """Keys from which the scale of distances is taken."""
@@ -84,13 +88,15 @@ class KNNRetriever(StoredRetriever):
         return Document(name, sha256, passages, vectors=Vectors.of(states_ND, owners[1:], ids[1:]))
 
     def search(self, query: str, k: int) -> list[Scored]:
-        """The passages whose tokens follow states like the one at the end of `query`, by their share in p_knn."""
+        """The passages in which the model was in states like those at the end of `query`: by their share in p_knn, the
+        mean over the last states."""
         ids = np.array(self.generator.tokenizer.encode(query), np.int64)
-        if not len(ids):
-            return []
         mixer = Mixer(self.store, self.config)
-        [found] = mixer.find(hidden_states(self.generator.model, ids)[-1:])
-        return mixer.passages(found, k)
+        found = mixer.find(hidden_states(self.generator.model, ids)[-QUERIED:])
+        shares: Counter[int] = Counter()
+        for neighbours in found:
+            shares.update(dict(mixer.passages(neighbours, len(neighbours.passages))))
+        return [(passage, share / len(found)) for passage, share in shares.most_common(k)]
 
 
 class Mixer:
