@@ -31,8 +31,8 @@ from apt.api import Generator, find_run
 from apt_plugin_rag.knn_lm import KNNRetriever, Mixer, hidden_states
 from apt_plugin_rag.passages import cut
 
-LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+TEMPERATURES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 BATCH = 64
 TIMED = 50
 
