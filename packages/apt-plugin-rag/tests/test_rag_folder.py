@@ -83,9 +83,10 @@ def test_a_change_that_is_cut_short_leaves_the_old_store(store: Path, monkeypatc
                 raise OSError(28, "No space left on device")
 
             patched.setattr(os, name, fail)
+            writer = HybridRetriever({**SETTINGS, "store": str(store)})
             with pytest.raises(DataError, match=r"cannot write the store .*: No space left"):
-                HybridRetriever({**SETTINGS, "store": str(store)}).add([Passage("bee", "new")])
-        assert answer(store) == before
+                writer.add([Passage("bee", "new")])
+        assert answer(store) == writer.retrieve("bee cat") == before
     assert len(list(store.glob("data-*"))) == 1
 
 
@@ -140,6 +141,35 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
             open_store(str(where), create=True)
         with pytest.raises(DataError, match="there is no store"):
             open_store(str(where))
+
+
+def test_a_store_whose_first_writing_was_cut_short_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = HybridRetriever({**SETTINGS, "store": str(tmp_path / "store")})
+    with monkeypatch.context() as patched:
+
+        def fail(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(DataError, match="No space left"):
+            retriever.add([Passage("bee", "new")])
+    (tmp_path / "store" / "data-0123").mkdir()
+    with pytest.raises(DataError, match="there is no store"):
+        open_store(str(tmp_path / "store"))
+    HybridRetriever({**SETTINGS, "store": str(tmp_path / "store")}).add([Passage("bee cat", "new")])
+    assert len(answer(tmp_path / "store")) == 1
+
+
+def test_texts_without_words_are_kept_and_not_found(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "store": str(tmp_path / "store")}
+    HybridRetriever(settings).add([Passage("!!!", "a")])
+    assert HybridRetriever(settings).retrieve("bee") == []
+    HybridRetriever(settings).add([Passage("bee", "b")])
+    assert [passage.source for passage in HybridRetriever(settings).retrieve("bee")] == ["b"]
+    HybridRetriever(settings).update(["b"], ())
+    assert HybridRetriever(settings).retrieve("bee") == []
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:

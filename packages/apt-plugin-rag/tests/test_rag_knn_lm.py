@@ -183,6 +183,11 @@ def test_the_best_passage_stands_nearest_and_all_fit(trained: Path, tmp_path: Pa
     assert prompt is not None
     assert prompt.endswith("\n\n7 7")
     assert len(reader.tokenizer.encode(prompt)) <= reader.model.max_seq_len - reader.options.max_tokens
+    talker = Reader(trained, retrieve=str(tmp_path / "s"), command="chat")
+    with pytest.warns(AptWarning, match="strange is left out"):
+        told = start("7 7", talker)
+    assert told is not None
+    assert len(told) < len(prompt)  # what was said before has its half
     assert start("zz", reader) is None
     assert reader.notes[-1].startswith("sources: none")
     with pytest.warns(AptWarning, match="no passage fits before the prompt; generating without it"):

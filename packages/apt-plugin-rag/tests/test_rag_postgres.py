@@ -71,7 +71,7 @@ def test_a_server_answers_as_a_folder_does(cls: type[StoredRetriever], address: 
     for query in ("ant bee", "gnu", "hen hen fox", "zebra"):
         expected = [(p.text, p.source, pytest.approx(p.score, abs=1e-5)) for p in here.retrieve(query, 7)]
         assert [(p.text, p.source, p.score) for p in reopened.retrieve(query, 7)] == expected
-    reopened.update(reopened.store.documents().keys(), ())
+    reopened.update(reopened.store.documents().keys(), [("signs", "0", [Passage("!!!", "signs:1")])])
     assert reopened.retrieve("ant") == []
     reopened.store.close()
 

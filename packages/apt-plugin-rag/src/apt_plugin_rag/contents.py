@@ -119,7 +119,8 @@ class Contents:
         rows: list[Mapping[str, int]] = []
         points: list[tuple[Vectors, int]] = []
         documents: dict[str, tuple[str, int]] = {}
-        first = {name: start for name, start in zip(self.documents, self._starts(), strict=False)}
+        starts = np.cumsum([0, *(count for _, count in self.documents.values())]).tolist()
+        first = dict(zip(self.documents, starts, strict=False))
         for name in sorted(new.keys() | (self.documents.keys() - set(removed))):
             if (document := new.get(name)) is not None:
                 count = len(document.passages)
@@ -128,8 +129,8 @@ class Contents:
                 rows += document.terms or ()
                 points += [(document.vectors, count)] if document.vectors is not None else []
                 continue
-            (documents[name], start) = self.documents[name], first[name]
-            count = documents[name][1]
+            documents[name] = self.documents[name]
+            count, start = self.documents[name][1], first[name]
             passages += [self.passages[i] for i in range(start, start + count)]
             rows += [self.terms.row(i) for i in range(start, start + count)] if self.terms is not None else []
             if self.vectors is not None and fit is None:
@@ -137,12 +138,9 @@ class Contents:
         terms = TermCounts.of(rows) if rows else None
         vectors = Vectors.join(points) if points else None
         arrays: dict[str, NDArray[Any]] = {}
-        if fit is not None and terms is not None:
+        if fit is not None and terms is not None and terms.vocabulary:
             vectors, arrays = fit(terms)
         return Contents(documents, passages, terms, vectors, arrays)
-
-    def _starts(self) -> list[int]:
-        return [int(n) for n in np.cumsum([0, *(count for _, count in self.documents.values())])]
 
 
 class NearestPoints:

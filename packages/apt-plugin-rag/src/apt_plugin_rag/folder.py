@@ -61,7 +61,7 @@ class FolderStore(Store):
             self._open(self._path)
         elif not create:
             raise missing(self.where)
-        elif self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
+        elif self._path.exists() and not _is_unfinished(self._path):
             raise DataError(f"{self._path} exists and is not a store", hint="name another folder for --store")
 
     _manifest: Manifest | None
@@ -89,11 +89,16 @@ class FolderStore(Store):
         with self._locked():
             if self._path is not None and _written_digest(self._path) != self._digest:
                 raise DataError(f"the store {self.where} was changed by another process", hint="run it again")
+            before = self._contents, self._manifest, self._folder, self._index
             self._contents, self._manifest = self._contents.changed(removed, added, fit), manifest
             self._folder = self._index = None
+            try:
+                if self._path is not None:
+                    self._save(self._path)
+            except BaseException:
+                self._contents, self._manifest, self._folder, self._index = before
+                raise
             self.__dict__.pop("_points", None)
-            if self._path is not None:
-                self._save(self._path)
 
     def match(self, terms: Sequence[str], k: int, *, k1: float, b: float) -> list[tuple[int, float]]:
         index = self._bm25(k1, b)
@@ -266,6 +271,12 @@ class PassageFile(Sequence[Passage]):
             return [self[i] for i in range(*index.indices(len(self)))]
         source, text = json.loads(self._bytes[self._starts[index] : self._starts[index + 1]])
         return Passage(text, source)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder is empty, or holds what a store's first writing has left that was cut short."""
+    ours = (".lock", f".{MANIFEST}.", "data-")
+    return path.is_dir() and all(entry.name.startswith(ours) for entry in path.iterdir())
 
 
 def is_store(path: Path) -> bool:

@@ -247,7 +247,7 @@ class PostgresStore(Store):
         }
         self._connection.execute("delete from vectors")
         self._connection.execute("delete from arrays")
-        if ids:
+        if counts:
             vectors, arrays = fit(TermCounts.of([counts.get(number, {}) for number in ids]))
             self._insert_vectors(vectors, ids)
             for name, array in arrays.items():
