@@ -31,8 +31,10 @@ from apt.api import Generator, find_run
 from apt_plugin_rag.knn_lm import KNNRetriever, Mixer, hidden_states
 from apt_plugin_rag.passages import cut
 
-LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TEMPERATURES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+PAPERS = 0.25
+"""The lambda that Khandelwal et al. chose for WikiText-103."""
 BATCH = 64
 TIMED = 50
 
@@ -76,11 +78,16 @@ def main() -> int:
         )
         share, temperature = min(itertools.product(LAMBDAS, TEMPERATURES), key=lambda both: first.loss(*both))
         alone, mixed = second.loss(0.0, 1.0), second.loss(share, temperature)
-        knn = second.loss(1 - 1e-6, temperature)
+        rows = {
+            "model alone": alone,
+            "with kNN": mixed,
+            f"lambda {PAPERS}": second.loss(PAPERS, temperature),
+            "kNN alone": second.loss(1 - 1e-6, temperature),
+        }
         print(f"chosen on {len(first.targets):,} tokens of the first half: lambda {share}, temperature {temperature}")
         print(f"on {len(second.targets):,} tokens of the second half:")
         print(f"{'':<14} {'nats':>8} {'perplexity':>11}")
-        for name, loss in {"model alone": alone, "with kNN": mixed, "kNN alone": knn}.items():
+        for name, loss in rows.items():
             print(f"{name:<14} {loss:>8.4f} {math.exp(loss):>11.3f}")
         print(f"difference: {mixed - alone:+.4f} nats, perplexity {math.exp(mixed - alone) - 1:+.2%}")
         for name, milliseconds in costs(generator, retriever, val_ids).items():

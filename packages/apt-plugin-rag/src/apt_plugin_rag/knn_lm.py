@@ -52,7 +52,7 @@ class KNNSettings(Settings):
     """k."""
     weight: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """lambda, the share of the datastore."""
-    temperature: Annotated[float, Field(gt=0)] = 0.01
+    temperature: Annotated[float, Field(gt=0)] = 0.02
     """T, in units of the keys' mean squared distance from their centre."""
 
 
