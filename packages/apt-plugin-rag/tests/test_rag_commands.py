@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,19 @@ def test_bad_input_gets_one_line(apt: Apt, folder: Path) -> None:
     fails(apt(*index), "bears.txt is not text: it has a NUL byte at offset 0")
     for call in (("-k", "0"), ("-k", "many")):
         assert apt("rag", "query", "x", "--store", "s", *call).code == 2
+
+
+def test_an_interrupt_leaves_the_store_as_it_was(apt: Apt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apt("rag", "index", "docs", "--store", "s", *PLAIN)
+    (folder / "bears.txt").write_text("Bears dance.\n")
+    before = sorted(Path("s").rglob("*"))
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("apt_plugin_rag.folder._write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert apt("rag", "index", "docs", "--store", "s").code == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path for path in sorted(Path("s").rglob("*")) if path.name != ".lock"] == [
+        path for path in before if path.name != ".lock"
+    ]
 
 
 def test_a_retriever_of_somebody_else_that_keeps_no_store_is_named(apt: Apt, folder: Path) -> None:

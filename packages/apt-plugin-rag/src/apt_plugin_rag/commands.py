@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections import Counter
@@ -180,7 +182,8 @@ def open_retriever(where: str, name: str | None = None, *, create: bool = False,
 
 
 class _Progress:
-    """A bar on a terminal, nothing elsewhere."""
+    """A bar on a terminal, nothing elsewhere. Inside it Ctrl-C is an exception, which leaves the terminal and the store
+    in order."""
 
     def __init__(self, files: int) -> None:
         from rich.console import Console
@@ -188,13 +191,18 @@ class _Progress:
 
         self._bar = Progress(console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
         self._task = self._bar.add_task("reading", total=files)
+        self._handler: Any = None
 
     def __enter__(self) -> _Progress:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
 
     def read(self, number: int) -> None:
         self._bar.update(self._task, completed=number)
