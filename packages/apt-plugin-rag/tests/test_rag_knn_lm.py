@@ -165,6 +165,7 @@ class Reader:
         self.note = self.notes.append
 
 
+@pytest.mark.filterwarnings("ignore:.*strange is left out:apt.core.errors.AptWarning")
 def test_the_best_passage_stands_nearest_and_all_fit(trained: Path, tmp_path: Path, installed: None) -> None:
     from apt.core.providers.retrieval import Passage
     from apt_plugin_rag.generation import start
