@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apt.core.schedules import Schedule
     from apt.evaluation.evaluate import evaluate
     from apt.hookspecs import API_VERSION, hookimpl
+    from apt.inference.chat import Chat
     from apt.inference.generator import Generator
     from apt.inference.loading import LoadedRun, load_run
     from apt.inference.saving import save_model, save_run
@@ -36,6 +37,7 @@ _HOMES = {
     "CheckpointError": "apt.core.errors",
     "ConfigError": "apt.core.errors",
     "DataError": "apt.core.errors",
+    "Chat": "apt.inference.chat",
     "FallbackWarning": "apt.core.errors",
     "GPT": "apt.modeling.backbones.gpt",
     "Generator": "apt.inference.generator",
@@ -63,6 +65,7 @@ __all__ = [
     "GPT",
     "AptError",
     "AptWarning",
+    "Chat",
     "CheckpointError",
     "ConfigError",
     "DataError",
