@@ -200,6 +200,7 @@ def _profile(parser: Parser) -> None:
 def _plugin_list(parser: Parser) -> None:
     parser.add_argument("--kind", metavar="K", help="the providers of this kind alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--refresh", action="store_true", help="look into every plugin again, whatever is remembered")
     parser.set_defaults(run_command="apt.cli.commands:run_plugin_list_command")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,6 +87,11 @@ class Registration:
             return self.target
         return f"{self.target.__module__}:{self.target.__qualname__}"
 
+    def arguments(self) -> dict[str, Any]:
+        """What `Registry.register` was called with."""
+        named = ("kind", "name", "target", "default", "excludes", "requires", "version", "section")
+        return {name: getattr(self, name) for name in named}
+
     def load(self) -> type[Any]:
         """The class, imported if need be.
 
@@ -96,7 +102,7 @@ class Registration:
             return self.target
         module_name, _, attribute = self.target.partition(":")
         try:
-            found = getattr(importlib.import_module(module_name), attribute)
+            found = operator.attrgetter(attribute)(importlib.import_module(module_name))
         except (Exception, SystemExit) as error:
             raise ProviderError(
                 f"{self.slot} of plugin {self.plugin!r} cannot be imported from {self.target!r}: "

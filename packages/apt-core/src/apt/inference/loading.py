@@ -14,7 +14,7 @@ from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import choose, discover
 from apt.core.errors import CheckpointError
-from apt.core.hooks import Hooks
+from apt.core.hooks import USE, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def load_run(
         model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     check_lock(read_lock(run.lock), in_use.slots.values(), MODEL_KINDS)
     hooks = Hooks("stop" if strict else config.on_plugin_error)
-    for plugin in found.loaded:
+    for plugin in found.listeners(USE):
         hooks.add(plugin.module, plugin.name)
     hooks.add_providers(in_use.providers)
     hooks.call("on_model_built", model=model, trainer=None)

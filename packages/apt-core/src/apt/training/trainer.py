@@ -21,7 +21,7 @@ from apt.core.config import RunConfig
 from apt.core.device import pick_device, tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
-from apt.core.hooks import Hooks
+from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger, log_to_file
 from apt.core.monitor import ResourceMonitor
@@ -91,7 +91,7 @@ class Trainer:
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
-        for plugin in self.plugins.loaded:
+        for plugin in self.plugins.listeners(TRAINING):
             self.hooks.add(plugin.module, plugin.name)
         self.progress = Progress(quiet=quiet)
         self.hooks.add(self.progress, "progress")
