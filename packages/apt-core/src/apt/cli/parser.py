@@ -15,7 +15,7 @@ from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
 
-TAKE_KEYS = ("apt train", "apt profile")
+TAKE_KEYS = ("apt train", "apt profile", "apt plugin-lock")
 """The commands that take keys of the profile as options."""
 
 
@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return _parse_plugin_command(command, rest)
     parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
     overrides: dict[str, str] = {}
-    if command == "train" or (command == "profile" and rest[:1] == ["show"]):
+    if command in ("train", "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
     if command == "train":
@@ -139,6 +139,14 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="the run's folder; a new one under output_dir if left out")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or with the newest run (of the profile P)"
+    )
+    parser.add_argument(
+        "--frozen",
+        nargs="?",
+        const="",
+        metavar="LOCK",
+        help="refuse every plugin, version and file that LOCK does not hold; left out, it is the profile's own lock "
+        "(apt plugin-lock), or that of the run that is resumed",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     _add_selection(parser)
@@ -210,6 +218,31 @@ def _plugin_info(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.commands:run_plugin_info_command")
 
 
+def _plugin_lock(parser: Parser) -> None:
+    parser.add_argument(
+        "-p", "--profile", required=True, metavar="P", help="a profile's path, or the name of one that ships"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it; P.lock.json beside the profile, or here for one that ships, if left out",
+    )
+    _add_selection(parser)
+    parser.epilog = "Keys of the profile may be changed as for apt train: --model.attention_name mha."
+    parser.set_defaults(run_command="apt.cli.lock_commands:run_plugin_lock_command")
+
+
+def _inspect(parser: Parser) -> None:
+    parser.add_argument(
+        "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
+    )
+    parser.add_argument(
+        "--checkpoint", type=_checkpoint, metavar="C", help="whose tensors to list: best, last, or the steps behind it"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run_command="apt.cli.inspect:run_inspect_command")
+
+
 def _doctor(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
 
@@ -221,6 +254,8 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "profile": _profile,
     "plugin-list": _plugin_list,
     "plugin-info": _plugin_info,
+    "plugin-lock": _plugin_lock,
+    "inspect": _inspect,
     "doctor": _doctor,
 }
 

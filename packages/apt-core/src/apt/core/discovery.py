@@ -105,6 +105,15 @@ class Plugins:
         view.merge(global_registry, plugin="script")
         return view
 
+    def used(self, names: Container[str], hooks: Container[str]) -> list[Plugin]:
+        """What a run calls on: core's own plugin, those of these names, and those that implement one of these hooks."""
+        return [
+            plugin
+            for plugin in self.found
+            if plugin.loaded
+            and (plugin.name == BUILTIN or plugin.name in names or any(hook in hooks for hook in plugin.hooks))
+        ]
+
     def listeners(self, hooks: Container[str]) -> list[Plugin]:
         """The plugins that implement one of these hooks, imported now if they were not yet.
 

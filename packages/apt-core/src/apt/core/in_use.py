@@ -58,6 +58,12 @@ class ProvidersInUse:
         """{(kind, name): instance} of the providers in effect."""
         return {(s.kind, s.name): s.provider for s in self.slots.values() if s.name and s.provider}
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether something that is installed could not be built, and another one stands in for it."""
+        installed = {(claim.kind, claim.name) for claim in self.registry.claims()}
+        return any(slot.is_fallback and (slot.kind, slot.requested) in installed for slot in self.slots.values())
+
     def use(self, kind: str, name: str, make: Callable[[Any], T], *, optional: bool = False) -> T | None:
         """Make a part with the provider `kind`:`name`, or with its kind's default if that one cannot be had.
 
@@ -82,6 +88,7 @@ class ProvidersInUse:
             slot, part = self._fill(kind, name, name, make)
         except ProviderError as error:
             stand_in = self.registry.fallback_of(kind, name)
+            optional = optional and (kind, name) not in self.registry.recorded
             if self.strict or (stand_in is None and not optional) or self.registry.near_miss(kind, name):
                 raise
             label = f"{kind}:{stand_in}" if stand_in else f"no {kind}"

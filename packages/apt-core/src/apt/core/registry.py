@@ -126,6 +126,9 @@ class Registry:
         self._claims: dict[tuple[str, str], list[Registration]] = {}
         self._instances: dict[tuple[str, str, str], Any] = {}
         self._owner: dict[str, Any] = {}
+        self.recorded: Mapping[tuple[str, str], str | None] = {}
+        """(kind, name) of the providers that an earlier run was built with, and the requirement that brings each, such
+        as "apt-plugin-moe==2.0.0". Nothing stands in for one of these: its weights are there already."""
 
     def register(
         self,
@@ -223,13 +226,15 @@ class Registry:
 
     def fallback_of(self, kind: str, name: str) -> str | None:
         """What may stand in for (kind, name): the kind's default; None where there is none, where `name` is the default
-        itself, and where `name` is a near miss of a registered one, which is a slip and not an absent package."""
+        itself or one of `recorded`, and where `name` is a near miss of a registered one, which is a slip and not an
+        absent package."""
         default = self.default_of(kind)
-        return None if default == name or self.near_miss(kind, name) else default
+        unique = default == name or (kind, name) in self.recorded or self.near_miss(kind, name)
+        return None if unique else default
 
     def near_miss(self, kind: str, name: str) -> str | None:
-        """The registered name that `name` is a slip of, or None; a name in the catalogue is no slip."""
-        if (kind, name) in self._claims or package_of_provider(kind, name):
+        """The registered name that `name` is a slip of, or None; a name that is known elsewhere is no slip."""
+        if (kind, name) in self._claims or (kind, name) in self.recorded or package_of_provider(kind, name):
             return None
         return did_you_mean(name, [n for k, n in self._claims if k == kind])
 
@@ -303,6 +308,7 @@ class Registry:
         """A registry of its own with the same registrations and no instances, so that two users share nothing."""
         self._ensure_loaded()
         view = Registry()
+        view.recorded = self.recorded
         view.merge(self)
         return view
 
@@ -346,6 +352,8 @@ class Registry:
             load(self)
 
     def _how_to_get(self, kind: str, name: str) -> str:
+        if requirement := self.recorded.get((kind, name)):
+            return f'pip install "{requirement}"'
         package = package_of_provider(kind, name)
         if package:
             return how_to_install(package)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock
+from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, requirements_of
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
@@ -65,12 +65,14 @@ def load_run(
     config = resolve(run.profile).config
     selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
     found = discover(selection, strict=strict)
-    in_use = ProvidersInUse(found.registry_of_a_run(), config.sections, strict=strict)
+    registry, lock = found.registry_of_a_run(), read_lock(run.lock)
+    registry.recorded = requirements_of(lock)
+    in_use = ProvidersInUse(registry, config.sections, strict=strict)
     tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
     # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.
     with torch.random.fork_rng(devices=[]):
         model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    check_lock(read_lock(run.lock), in_use.slots.values(), MODEL_KINDS)
+    check_lock(lock, in_use.slots.values(), MODEL_KINDS)
     hooks = Hooks("stop" if strict else config.on_plugin_error)
     for plugin in found.listeners(USE):
         hooks.add(plugin.module, plugin.name)

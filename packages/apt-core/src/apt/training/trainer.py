@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from apt.checkpoint.durable import replace
-from apt.checkpoint.lock import check_lock, read_lock, write_lock
+from apt.checkpoint.lock import check_frozen, check_lock, read_lock, requirements_of, write_lock
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device, tune_cpu_memory, use_bf16
-from apt.core.discovery import Plugins, choose, discover
+from apt.core.discovery import Plugin, Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
@@ -36,6 +36,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
+from apt.training.plan import use_side_providers
 from apt.training.progress import Progress
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
@@ -53,11 +54,13 @@ class Trainer:
         strict: every fallback and every effect that fails is an error.
         run_dir: the run's folder; a new one under the profile's `output_dir` if left out.
         resume: the run to go on with; its last good checkpoint is loaded.
+        frozen: a lock; every plugin that it does not hold, or not in this version and of these files, is refused.
         quiet: show nothing.
         options: what plugins' own command-line options were set to.
 
     Raises:
         ConfigError, PluginError: the profile or the choice of plugins cannot be used.
+        CheckpointError: a lock cannot be read.
 
     The attributes that hooks may rely on are the table in `apt.hookspecs`; those that need the model exist once `train`
     has called `on_model_built`.
@@ -74,6 +77,7 @@ class Trainer:
         strict: bool = False,
         run_dir: Path | None = None,
         resume: RunFolder | None = None,
+        frozen: Path | None = None,
         quiet: bool = False,
         options: Any = None,
     ) -> None:
@@ -86,8 +90,12 @@ class Trainer:
         selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
         self.plugins: Plugins = discover(selection, strict=strict)
         self.registry = self.plugins.registry_of_a_run()
-        check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
+        self.lock = read_lock(resume.lock) if resume else None
+        self.registry.recorded = requirements_of(self.lock) if self.lock else {}
         self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
+        self.frozen = frozen
+        self._refuse_what_is_not_frozen()
+        check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
@@ -148,6 +156,7 @@ class Trainer:
             try:
                 self.hooks.call("on_config_resolved", config=self.config)
                 self._build_parts()
+                self._refuse_what_is_not_frozen()
                 dry_run(self.model, self.data.train, training.gradient_accumulation, self.device, self._autocast)
                 self._open_run(stack)
                 self._stop = stack.enter_context(catch_signals())
@@ -306,11 +315,7 @@ class Trainer:
             check_memory(config, self.registry, self.device, vocab_size)
         self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
-        if config.model.align_name:
-            self.in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
-        for name in training.trackers:
-            self.in_use.use("tracker", name, lambda provider: provider, optional=True)
-        self.in_use.check_conflicts()
+        use_side_providers(config, self.in_use)
         self.hooks.add_providers(self.providers)
         self.hooks.call("on_model_built", model=self.model, trainer=self)
         self.optimizer = build_optimizer(self.model, training)
@@ -335,8 +340,8 @@ class Trainer:
         self.store = CheckpointStore(
             self.run.checkpoints, keep_last=self.config.checkpoint.keep_last, keep_best=self.config.checkpoint.keep_best
         )
-        if self.resumed:
-            check_lock(read_lock(self.run.lock), slots)
+        if self.lock:
+            check_lock(self.lock, slots)
             restore(self, self.store.load())
         try:
             self.run.path.mkdir(parents=True, exist_ok=True)
@@ -351,13 +356,24 @@ class Trainer:
             ) from error
         if self.resumed and self.step >= self.total_steps and self.epoch_closed:
             return  # nothing is left to do, and nothing is to be changed
-        write_lock(self.run.lock, slots, self.model, self.modules_by_slot)
+        absent = [record for record in (self.lock or {}).get("plugins", ()) if record["name"] in self.carried_states]
+        write_lock(self.run.lock, slots, self.model, self.modules_by_slot, self._plugins_used(), absent)
         replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
         for slot in slots:
             if slot.is_fallback:
                 self.logger.warning(
                     "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
                 )
+
+    def _plugins_used(self) -> list[Plugin]:
+        slots = self.in_use.slots.values()
+        return self.plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
+
+    def _refuse_what_is_not_frozen(self) -> None:
+        """Called before any plugin is imported to listen, and again once it is known whose providers are in use."""
+        if self.frozen is not None:
+            slots = self.in_use.slots.values()
+            check_frozen(read_lock(self.frozen), self.frozen, self.plugins.found, self._plugins_used(), slots)
 
     # The end
 
