@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, package_of_provider
+from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, how_to_restore, package_of_provider
 from apt.core.errors import (
     ConfigError,
     ConflictError,
@@ -353,7 +353,7 @@ class Registry:
 
     def _how_to_get(self, kind: str, name: str) -> str:
         if requirement := self.recorded.get((kind, name)):
-            return f'pip install "{requirement}"'
+            return how_to_restore(requirement)
         package = package_of_provider(kind, name)
         if package:
             return how_to_install(package)

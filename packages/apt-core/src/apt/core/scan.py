@@ -79,8 +79,8 @@ def contents_of(plugins: Sequence[Plugin], *, refresh: bool = False) -> list[Con
     seconds = _limit(os.environ)
     path = cache_dir("plugins") / f"{_environment()}.json"
     stamps = {plugin.entry_point: plugin.stamp() for plugin in plugins}
-    known = {} if refresh else _read(path, seconds)
-    fresh = {entry: known[entry, stamp] for entry, stamp in stamps.items() if (entry, stamp) in known}
+    known = _read(path, seconds)
+    fresh = {entry: known[entry, stamp] for entry, stamp in stamps.items() if not refresh and (entry, stamp) in known}
     unknown = [plugin for plugin in plugins if plugin.entry_point not in fresh]
     if unknown:
         for plugin, contents in zip(unknown, _examine_apart(unknown, seconds), strict=True):

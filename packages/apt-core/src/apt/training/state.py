@@ -9,6 +9,7 @@ from apt.checkpoint.codec import encode
 from apt.checkpoint.lock import requirement_of_listener
 from apt.checkpoint.rng import rng_state, set_rng_state
 from apt.checkpoint.store import Checkpoint
+from apt.core.catalogue import how_to_restore
 from apt.core.errors import AptWarning, CheckpointError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:
             requirement = requirement_of_listener(trainer.lock, plugin) if trainer.lock else None
             warnings.warn(
                 f"the checkpoint holds state of {plugin!r}, which is not here; it is kept for the next checkpoint"
-                + (f' (to use it again: pip install "{requirement}")' if requirement else ""),
+                + (f" (to use it again: {how_to_restore(requirement)})" if requirement else ""),
                 AptWarning,
                 stacklevel=3,
             )
