@@ -138,7 +138,7 @@ def _run_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = [("folder", facts["run"])]
     if name := facts["profile"].get("name"):
         rows.append(("profile", f"{name}: {facts['profile'].get('description') or 'no description'}"))
-    done = "nothing" if facts["step"] is None else f"{facts['step']:,} steps, {facts['epoch']} whole epochs"
+    done = "nothing" if facts["step"] is None else f"{facts['step']:,} steps, epoch={facts['epoch']}"
     rows.append(("done", done))
     rows += [("problem", problem) for problem in facts["problems"]]
     return rows
