@@ -7,6 +7,7 @@ others, or another distribution comes or goes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -122,14 +123,23 @@ def _import(name: str, module_name: str, distribution: str | None, contents: Con
         contents.reason = f"it declares {declared}, this apt-core has {API_VERSION}"
         contents.fix = "upgrade apt-core" if newer else f"ask for a version of {distribution} for API {API_VERSION[0]}"
         return module
-    hooks, registry = Hooks(), Registry()
+    hooks, registry = _checker(), Registry()
     hooks.add(module, name)
-    with registry.owned_by(name, None, None):
-        # Straight through pluggy: here a failure is to be raised.
-        hooks.manager.hook.apt_register_providers(registry=registry)
-    contents.hooks = sorted(caller.name for caller in hooks.manager.get_hookcallers(module) or ())
+    try:
+        with registry.owned_by(name, None, None):
+            # Straight through pluggy: here a failure is to be raised.
+            hooks.manager.hook.apt_register_providers(registry=registry)
+        contents.hooks = sorted(caller.name for caller in hooks.manager.get_hookcallers(module) or ())
+    finally:
+        hooks.manager.unregister(module)
     contents.providers = [claim.arguments() for claim in registry.claims()]
     return module
+
+
+@functools.cache
+def _checker() -> Hooks:
+    """One for all plugins in turn: making the specifications known takes longer than many an import."""
+    return Hooks()
 
 
 def _lacks(contents: Contents, missing: str, module_name: str, distribution: str | None) -> None:
