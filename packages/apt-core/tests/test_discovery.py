@@ -181,6 +181,14 @@ def test_a_plugin_that_fails_to_load_disables_itself_alone(make_distribution: Ma
         discover(Selection(), strict=True)
 
 
+def test_an_entry_point_that_names_an_object_says_so_and_imports_nothing(make_distribution: MakeDistribution) -> None:
+    make_distribution("apt-odd", plugins={"odd": "odd_plugin:plugin"}, modules={"odd_plugin": "raise SystemExit(1)"})
+    entry = plugin(find_plugins(), "odd")
+    assert entry.status == "import-error"
+    assert entry.reason == "its entry point names 'odd_plugin:plugin', and a plugin is a module"
+    assert entry.fix == 'its authors write: odd = "odd_plugin"'
+
+
 def test_two_plugins_of_one_name_are_both_shown_and_neither_is_loaded(make_distribution: MakeDistribution) -> None:
     for letter in "ab":
         modules = {f"plugin_{letter}": good("x")}
@@ -194,8 +202,13 @@ def test_two_plugins_that_claim_one_provider_are_both_shown(make_distribution: M
     for letter in "ab":
         source = good("same").replace("nowhere:Thing", f"nowhere:{letter}")
         make_distribution(f"apt-{letter}", plugins={letter: f"plugin_{letter}"}, modules={f"plugin_{letter}": source})
-    registry = discover(Selection()).registry
+    plugins = discover(Selection())
+    registry = plugins.registry
     assert [claim.plugin for claim in registry.claims() if claim.name == "same_ffn"] == ["a", "b"]
+    for name, other in (("a", "b"), ("b", "a")):
+        entry = plugin(plugins.found, name)
+        assert (entry.status, entry.loaded, entry.fix) == ("conflict", True, f"--no-plugin {name}")
+        assert entry.reason == f"ffn:same_ffn is claimed by plugin {other!r} (apt-{other}) too, so nobody gets it"
     with pytest.raises(ConflictError, match="--no-plugin b"):
         registry.get("ffn", "same_ffn")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -133,15 +135,50 @@ def test_nothing_is_imported_here_and_nothing_at_all_that_is_not_selected(
     assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
-def test_where_no_process_can_be_started_a_plugin_is_looked_into_here(
+HERE = {
+    "fine": (None, "ok", ""),
+    "ends": ("raise SystemExit(3)", "import-error", "SystemExit: 3"),
+    "needs": ("import not_there.at_all", "missing-dependency", "it needs 'not_there', which is not installed"),
+    "old": ("API_VERSION = (0, 9)", "api-mismatch", "it declares API_VERSION = (0, 9), this apt-core has"),
+    "slips": (HEAD + "@hookimpl\ndef on_step_end(stp): ...", "import-error", "does not keep the contract"),
+}
+
+
+def test_where_no_process_can_be_started_plugins_are_looked_into_here(
     make_distribution: MakeDistribution, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_distribution("apt-a", plugins={"a": "a_plugin"}, modules={"a_plugin": provides("a")})
-    make_distribution("apt-b", plugins={"b": "b_plugin"}, modules={"b_plugin": "raise SystemExit(3)"})
+    for name, (source, _, _) in HERE.items():
+        modules = {f"{name}_plugin": source or provides(name)}
+        make_distribution(f"apt-{name}", plugins={name: f"{name}_plugin"}, modules=modules)
+    make_distribution("apt-stale", plugins={"stale": "stale_plugin"})
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
-    plugins = looked_at("a", "b")
-    assert (plugins["a"].status, plugins["b"].reason) == ("ok", "SystemExit: 3")
-    assert "a_plugin" in sys.modules
+    plugins = looked_at(*HERE, "stale")
+    assert plugins.pop("stale").reason == "its module 'stale_plugin' does not exist"
+    for name, (_, status, reason) in HERE.items():
+        assert plugins[name].status == status
+        assert reason in (plugins[name].reason or "")
+        assert (plugins[name].fix is None) == (status == "ok")
+    assert "fine_plugin" in sys.modules
+
+
+def test_the_other_process_writes_down_what_it_finds_as_it_goes(
+    make_distribution: MakeDistribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_distribution("apt-a", plugins={"a": "a_plugin"}, modules={"a_plugin": CLASSES})
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        scan.child(sys.path, str(tmp_path), 60.0, [("a", "a_plugin", "apt-a"), ("gone", "gone_plugin", None)])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "Ctrl-C ends it"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended == [0]
+    ready, *found = (tmp_path / "results").read_text().splitlines()
+    assert ready == "ready" and (tmp_path / "stuck").read_text() == ""
+    first, second = map(json.loads, found)
+    assert [provider["target"] for provider in first["providers"]] == ["a_plugin:FFN.Inner", "a_plugin:FFN"]
+    assert (first["status"], second["status"]) == ("ok", "import-error")
 
 
 CLASSES = (
