@@ -64,6 +64,23 @@ def test_what_is_not_selected_is_disabled_and_the_builtin_never_is() -> None:
         plugins = found()
         select(plugins, selection)
         assert [entry.status for entry in plugins] == expected, selection
+        assert all(bool(entry.reason) == bool(entry.fix) == (entry.status != "ok") for entry in plugins)
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason", "fix"),
+    [
+        ({"no_plugins": True}, "left out by --no-plugins", "leave --no-plugins out"),
+        ({"plugins": ["one"]}, "not among --plugins", "add it to --plugins"),
+        ({"environ": {"APT_PLUGINS": "one"}}, "not among APT_PLUGINS", "add it to APT_PLUGINS"),
+        ({"profile": []}, "not among the profile's plugins", "add it to the profile's plugins"),
+        ({"no_plugin": ["moe"]}, "left out by --no-plugin or APT_DISABLE_PLUGINS", "take its name out of there"),
+    ],
+)
+def test_what_is_disabled_says_by_what_and_how_to_change_that(choice: dict[str, Any], reason: str, fix: str) -> None:
+    plugins = found()
+    select(plugins, choose(**{"environ": {}, **choice}))
+    assert (plugins[2].status, plugins[2].reason, plugins[2].fix) == ("disabled", reason, fix)
 
 
 def test_a_name_of_the_catalogue_that_is_absent_warns_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

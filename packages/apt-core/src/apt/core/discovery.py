@@ -26,6 +26,9 @@ BUILTIN = "builtin"
 """Core's own plugin: it brings the defaults, and so cannot be left out."""
 
 
+NO_PLUGINS = "--no-plugins"
+
+
 @dataclass(slots=True)
 class Plugin:
     """One entry point, and what became of it."""
@@ -173,7 +176,7 @@ def choose(
     """
     names: tuple[str, ...] | None
     if no_plugins:
-        names, source = (), "--no-plugins"
+        names, source = (), NO_PLUGINS
     elif plugins is not None:
         names, source = tuple(plugins), "--plugins"
     elif "APT_PLUGINS" in environ:
@@ -230,9 +233,11 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
         if plugin.name == BUILTIN or plugin.status != "ok":
             continue
         if plugin.name in excluded:
-            plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS")
+            plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS", "take its name out of there")
         elif wanted is not None and plugin.name not in wanted:
-            plugin.refuse("disabled", f"not among {selection.source}")
+            none = selection.source == NO_PLUGINS
+            reason = f"left out by {NO_PLUGINS}" if none else f"not among {selection.source}"
+            plugin.refuse("disabled", reason, f"leave {NO_PLUGINS} out" if none else f"add it to {selection.source}")
     return tuple(absent)
 
 
