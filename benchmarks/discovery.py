@@ -117,7 +117,7 @@ def main() -> int:
         ending = none | {"PYTHONPATH": os.pathsep.join([source, str(folder / "ending")])}
 
         calls = {"plugin-list": ["plugin-list"], "train": ["train", "-p", "small.yaml", "--quiet"]}
-        rows = []
+        rows, worst = [], 0.0
         for command, call in calls.items():
             cpu_ms(call, none, folder)  # compiles what is Python's and ours
             shutil.rmtree(cache, ignore_errors=True)
@@ -126,26 +126,28 @@ def main() -> int:
             first = cpu_ms(call, many, folder)
             pairs = [(cpu_ms(call, none, folder), cpu_ms(call, many, folder)) for _ in range(args.runs)]
             alone, together = (statistics.median(side) for side in zip(*pairs, strict=True))
-            added = statistics.median(b - a for a, b in pairs)
-            rows.append((command, alone, together, added, first - alone, first_ending - alone))
+            low, added, high = statistics.quantiles([b - a for a, b in pairs], n=4)
+            spread = f"{added:,.0f} ({low:,.0f} to {high:,.0f})"
+            firsts = [f"{first - alone:,.0f}", f"{first_ending - alone:,.0f}"]
+            rows.append([command, f"{alone:,.0f}", f"{together:,.0f}", spread, *firsts])
+            worst = max(worst, added)
         listing = subprocess.run(
             [sys.executable, "-m", "apt", "plugin-list", "--json"], env=many, cwd=folder, capture_output=True, text=True
         )
     found = [plugin for plugin in json.loads(listing.stdout)["plugins"] if plugin["name"] != "builtin"]
     used = sum(plugin["status"] == "ok" for plugin in found)
-    print(f"{len(found)} plugins, {used} of them usable; CPU milliseconds, medians of {args.runs}\n")
-    head = ("command", "with none", "with all", "added", "added, first call", "the same, no endless import")
-    print("  ".join(head))
-    for command, *figures in rows:
-        cells = [command.ljust(len(head[0]) + 4)]
-        cells += [f"{figure:,.0f}".rjust(len(title)) for title, figure in zip(head[1:], figures, strict=True)]
-        print("  ".join(cells))
+    print(
+        f"{len(found)} plugins, {used} of them without fault; CPU milliseconds, medians of {args.runs} (and quartiles)\n"
+    )
+    head = ["", "with none", "with all", "added", "added, first call", "the same, no endless import"]
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     if args.show:
         print()
         for plugin in found:
             if plugin["status"] != "ok":
                 print(f"{plugin['name']:<9}  {plugin['status']:<18}  {plugin['reason']}\n{'':31}fix: {plugin['fix']}")
-    worst = max(added for _, _, _, added, _, _ in rows)
     return int(args.later_at_most is not None and worst > args.later_at_most)
 
 

@@ -153,6 +153,7 @@ def test_a_plugin_of_a_lock_that_is_not_installed_and_several_faults_at_once(
     refused(
         train("--frozen", "other.json"),
         "plugin 'gone' (apt-gone 3), which other.json holds, is not installed",
+        "plugin 'doubled' (apt-doubled 0.1) is not in other.json",
         "plugin 'listens' (apt-listens 1.0) is not in other.json",
         fix='pip install "apt-gone==3", or write the lock anew',
     )

@@ -165,7 +165,7 @@ def requirement_of_listener(lock: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_frozen(
-    lock: Mapping[str, Any], path: Path, found: Iterable[Plugin], used: Iterable[Plugin], slots: Iterable[Slot] = ()
+    lock: Mapping[str, Any], path: Path, found: Iterable[Plugin], used: Iterable[Plugin], slots: Iterable[Slot]
 ) -> None:
     """Refuse what a lock does not hold.
 
@@ -174,7 +174,7 @@ def check_frozen(
         path: of the lock, for messages.
         found: the plugins that are installed, whatever became of them.
         used: those that the run would call on.
-        slots: the providers that it would use, once they are known.
+        slots: the providers that it would use.
 
     Raises:
         PluginError: a plugin, its version or its files are not those that the lock holds, or one that it holds is not

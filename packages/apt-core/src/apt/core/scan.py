@@ -186,7 +186,7 @@ def _examine_apart(plugins: Sequence[Plugin], seconds: float) -> Iterator[Conten
         with tempfile.TemporaryDirectory(prefix="apt-plugins-") as name:
             folder = Path(name)
             code = _run_child(folder, rest, seconds)
-            lines = _text(folder / "results").splitlines()
+            lines = _text(folder / "results").split("\n")[:-1]  # what follows the last one was cut off
             stuck = _text(folder / "stuck")
         if not lines:  # no process can be started here, or none that knows where to find us
             yield from (examine(p.name, p.module_name, p.distribution)[0] for p in rest)

@@ -22,7 +22,7 @@ from apt.core.device import pick_device, tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugin, Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
-from apt.core.in_use import ProvidersInUse
+from apt.core.in_use import ProvidersInUse, Slot
 from apt.core.logging import get_logger, log_to_file
 from apt.core.monitor import ResourceMonitor
 from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
@@ -36,7 +36,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
-from apt.training.plan import use_side_providers
+from apt.training.plan import plan, use_side_providers
 from apt.training.progress import Progress
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
@@ -92,10 +92,10 @@ class Trainer:
         self.registry = self.plugins.registry_of_a_run()
         self.lock = read_lock(resume.lock) if resume else None
         self.registry.recorded = requirements_of(self.lock) if self.lock else {}
-        self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
-        self.frozen = frozen
-        self._refuse_what_is_not_frozen()
         check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
+        if frozen is not None:
+            self._refuse_what_is_not_in(frozen)
+        self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
@@ -156,7 +156,6 @@ class Trainer:
             try:
                 self.hooks.call("on_config_resolved", config=self.config)
                 self._build_parts()
-                self._refuse_what_is_not_frozen()
                 dry_run(self.model, self.data.train, training.gradient_accumulation, self.device, self._autocast)
                 self._open_run(stack)
                 self._stop = stack.enter_context(catch_signals())
@@ -357,7 +356,7 @@ class Trainer:
         if self.resumed and self.step >= self.total_steps and self.epoch_closed:
             return  # nothing is left to do, and nothing is to be changed
         absent = [record for record in (self.lock or {}).get("plugins", ()) if record["name"] in self.carried_states]
-        write_lock(self.run.lock, slots, self.model, self.modules_by_slot, self._plugins_used(), absent)
+        write_lock(self.run.lock, slots, self.model, self.modules_by_slot, self._plugins_of(slots), absent)
         replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
         for slot in slots:
             if slot.is_fallback:
@@ -365,15 +364,15 @@ class Trainer:
                     "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
                 )
 
-    def _plugins_used(self) -> list[Plugin]:
-        slots = self.in_use.slots.values()
+    def _plugins_of(self, slots: Iterable[Slot]) -> list[Plugin]:
         return self.plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
 
-    def _refuse_what_is_not_frozen(self) -> None:
-        """Called before any plugin is imported to listen, and again once it is known whose providers are in use."""
-        if self.frozen is not None:
-            slots = self.in_use.slots.values()
-            check_frozen(read_lock(self.frozen), self.frozen, self.plugins.found, self._plugins_used(), slots)
+    def _refuse_what_is_not_in(self, lock: Path) -> None:
+        """Raise PluginError for what a lock does not hold, before a plugin listens or any text is read."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AptWarning)  # the run itself will say it
+            slots = plan(self.config, self.registry, strict=self.strict)[0].slots.values()
+        check_frozen(read_lock(lock), lock, self.plugins.found, self._plugins_of(slots), slots)
 
     # The end
 
