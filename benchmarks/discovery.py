@@ -137,7 +137,7 @@ def main() -> int:
     found = [plugin for plugin in json.loads(listing.stdout)["plugins"] if plugin["name"] != "builtin"]
     used = sum(plugin["status"] == "ok" for plugin in found)
     print(
-        f"{len(found)} plugins, {used} of them without fault; CPU milliseconds, medians of {args.runs} (and quartiles)\n"
+        f"{len(found)} plugins, {used} of them without fault; CPU milliseconds, medians of {args.runs} and quartiles\n"
     )
     head = ["", "with none", "with all", "added", "added, first call", "the same, no endless import"]
     widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
