@@ -18,8 +18,8 @@ from typing import Any
 from apt.core.catalogue import ENTRY_POINTS, PLUGINS, how_to_install
 from apt.core.distributions import editable_path, name_and_version, record_sha256, sources_sha256, sources_stamp
 from apt.core.errors import HINT, AptWarning, PluginError, did_you_mean
+from apt.core.examine import Contents, Status, examine
 from apt.core.registry import Registration, Registry
-from apt.core.scan import Contents, Status, contents_of, examine
 
 GROUP = "apt.providers"
 BUILTIN = "builtin"
@@ -253,11 +253,13 @@ def load(found: list[Plugin], *, refresh: bool = False) -> Plugins:
         if plugin.name == BUILTIN:
             contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
             _take(plugin, contents, plugins.registry)
-    others = [plugin for plugin in chosen if plugin.name != BUILTIN]
-    for plugin, contents in zip(others, contents_of(others, refresh=refresh), strict=True):
-        if not contents.portable:
-            contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
-        _take(plugin, contents, plugins.registry)
+    if others := [plugin for plugin in chosen if plugin.name != BUILTIN]:
+        from apt.core.scan import contents_of  # here: start-up is measured, and not everyone has plugins
+
+        for plugin, contents in zip(others, contents_of(others, refresh=refresh), strict=True):
+            if not contents.portable:
+                contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
+            _take(plugin, contents, plugins.registry)
     _mark_contested(plugins)
     return plugins
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -28,6 +26,8 @@ def editable_path(distribution: Any) -> str | None:
     direct_url = distribution.read_text("direct_url.json")
     if direct_url is None:
         return None
+    import json  # here and below: start-up is measured, and not everyone has plugins
+
     try:
         origin = json.loads(direct_url)
         return str(origin["url"].removeprefix("file://")) if origin["dir_info"]["editable"] else None
@@ -54,6 +54,8 @@ def record_sha256(record: str | None) -> str | None:
 
 def sources_sha256(module_name: str) -> str | None:
     """A SHA-256 over the content of the files that a module's package consists of; None where there are none."""
+    import hashlib
+
     parts = []
     for relative, path in _sources(module_name):
         parts += [relative, hashlib.sha256(path.read_bytes()).hexdigest()]
@@ -93,4 +95,6 @@ def _sources(module_name: str) -> list[tuple[str, Path]]:
 
 
 def _sha256(parts: Iterable[str]) -> str:
+    import hashlib
+
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
