@@ -27,7 +27,8 @@ CASES: dict[str, Case] = {
     "a slip of a dataset": (["--data.dataset", "stdlibb"], ("did you mean 'stdlib'",)),
     "an unknown tokenizer": (["--data.tokenizer", "bites"], ("tokenizer:bites",)),
     "a missing provider under --strict": (
-        ["--model.attention_name", "flash_v2", "--strict"], ("flash_v2 is not installed", "apt-plugin-flash[cuda]"),
+        ["--model.attention_name", "flash_v2", "--strict"],
+        ("attention:flash_v2 ", " not installed", "apt-plugin-flash[cuda]"),
     ),
     "an unknown device": (["--hardware.device", "toaster"], ("hardware.device", "toaster")),
     "a block longer than the text": (["--model.max_seq_len", "100000"], ("100001", "model.max_seq_len")),

@@ -36,7 +36,8 @@ def test_the_provider_that_is_missing_falls_back_as_in_the_guide(apt: Apt, tmp_p
         "train", "-p", "tiny_debug.yaml", "--model.attention_name", "flash_v2", "--training.max_steps", "2",
         "--training.eval_batches", "1", "--data.stdlib.max_bytes", "100000",
     )  # fmt: skip
-    assert "attention:flash_v2 is not installed; using attention:tva_default instead" in done.stderr
+    # What is missing is this package's plugin or, where that is here, what it runs on.
+    assert re.search("attention:flash_v2 .*not installed; using attention:tva_default instead", done.stderr)
     assert re.search(r'pip install (--upgrade )?"apt-plugin-flash\[cuda\]"', done.stderr)
     assert "instead of flash_v2" in done.stdout
     lock = json.loads((tmp_path / "runs/tiny_debug-1/plugins.lock.json").read_text())

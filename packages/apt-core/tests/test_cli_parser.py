@@ -97,7 +97,7 @@ def test_values_are_yaml() -> None:
         ("train --learning-rate 1", "there is no option --learning-rate", "--training.learning_rate"),
         ("train --output-dir x", "there is no option --output-dir", "--output_dir"),
         ("train --zzz 1", "there is no option --zzz", None),
-        ("generate --model.d_model 8", "there is no option --model.d_model", None),
+        ("profile list --model.d_model 8", "there is no option --model.d_model", None),
         ("train --epochs", "--epochs: expected one argument", None),
         ("train --epochs 0", "--epochs: expected a whole number, at least 1, got '0'", None),
         ("train --epochs 1.5", "--epochs: expected a whole number, at least 1, got '1.5'", None),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt import hookspecs
-from apt.core.errors import AptWarning, CheckpointError, ConfigError, PluginError, TrainingError
+from apt.core.errors import AptWarning, CheckpointError, ConfigError, PluginError, ProviderError, TrainingError
 from apt.core.registry import registry
 from apt.core.runs import RunFolder
 from apt.modeling.layers.ffn import DefaultFFN
@@ -508,7 +508,7 @@ def test_strict_refuses_a_fallback_that_else_is_loud(config: Config) -> None:
         trainer = train(config)
     slot = trainer.in_use.slots["attention", "flash_v2"]
     assert (slot.name, slot.is_fallback) == ("tva_default", True)
-    with pytest.raises(ValueError, match="flash_v2 is not installed"):
+    with pytest.raises(ProviderError, match=r"flash_v2 .*not installed"):
         train(config, strict=True)
 
 

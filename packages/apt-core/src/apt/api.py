@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apt.core.config import RunConfig
-    from apt.core.errors import AptError, AptWarning, FallbackWarning
+    from apt.core.errors import AptError, AptWarning, ConfigError, FallbackWarning, ProviderError
     from apt.core.profiles import resolve
     from apt.core.registry import Provider, Registry, registry
     from apt.core.schedules import Schedule
@@ -22,11 +22,13 @@ _HOMES = {
     "API_VERSION": "apt.hookspecs",
     "AptError": "apt.core.errors",
     "AptWarning": "apt.core.errors",
+    "ConfigError": "apt.core.errors",
     "FallbackWarning": "apt.core.errors",
     "GPT": "apt.modeling.backbones.gpt",
     "Generator": "apt.inference.generator",
     "ModelBuilder": "apt.modeling.compose",
     "Provider": "apt.core.registry",
+    "ProviderError": "apt.core.errors",
     "Registry": "apt.core.registry",
     "RunConfig": "apt.core.config",
     "Schedule": "apt.core.schedules",
@@ -42,10 +44,12 @@ __all__ = [
     "GPT",
     "AptError",
     "AptWarning",
+    "ConfigError",
     "FallbackWarning",
     "Generator",
     "ModelBuilder",
     "Provider",
+    "ProviderError",
     "Registry",
     "RunConfig",
     "Schedule",

@@ -1,3 +1,17 @@
-"""What APT loads of this package: the contract it was written for. It registers no providers yet."""
+"""What APT loads of this package: its attentions, as import strings. All of them read the section `model.mha`."""
+
+from typing import Any
+
+from apt.hookspecs import hookimpl
 
 API_VERSION = (1, 0)
+
+
+@hookimpl
+def apt_register_providers(registry: Any) -> None:
+    for name, target in {
+        "flash_sdpa": "apt_plugin_flash.sdpa:SDPAAttention",
+        "flash_v2": "apt_plugin_flash.flash:FlashAttention",
+        "flex": "apt_plugin_flash.flex:FlexAttention",
+    }.items():
+        registry.register("attention", name, target, version="1.0.0", section="mha")

@@ -102,6 +102,15 @@ def read_lock(path: Path) -> dict[str, Any]:
     return dict(lock)
 
 
+def recorded_layouts(lock: Mapping[str, Any]) -> dict[str, str]:
+    """{kind: the layout of its weights} of the parts of a recorded model, where the provider names one."""
+    return {
+        record["kind"]: record["weights_layout"]
+        for record in lock["slots"]
+        if record["kind"] in MODEL_KINDS and record["weights_layout"]
+    }
+
+
 def check_lock(old: Mapping[str, Any], slots: Iterable[Slot], kinds: Container[str] | None = None) -> list[str]:
     """Whether a run may go on with these providers.
 

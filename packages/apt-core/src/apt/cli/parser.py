@@ -18,6 +18,11 @@ NEEDS_COMMAND = "see the commands with: apt --help"
 TAKE_KEYS = ("apt train", "apt profile", "apt plugin-lock")
 """The commands that take keys of the profile as options."""
 
+MODEL_KEYS = (
+    "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads "
+    "the same weights."
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are UsageErrors in plain words."""
@@ -80,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return _parse_plugin_command(command, rest)
     parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
     overrides: dict[str, str] = {}
-    if command in ("train", "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
+    if command in ("train", "generate", "eval", "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
     if command == "train":
@@ -176,6 +181,7 @@ def _generate(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes the text repeatable")
     _add_selection(parser)
+    parser.epilog = MODEL_KEYS
     parser.set_defaults(run_command="apt.cli.run_commands:run_generate_command")
 
 
@@ -186,6 +192,7 @@ def _eval(parser: Parser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_selection(parser)
+    parser.epilog = MODEL_KEYS
     parser.set_defaults(run_command="apt.cli.run_commands:run_eval_command")
 
 

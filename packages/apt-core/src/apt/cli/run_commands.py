@@ -169,7 +169,25 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _of_the_run(args: Namespace) -> dict[str, Any]:
     """What `load_run` is to open, and with what."""
-    return {name: getattr(args, name) for name in ("device", "checkpoint", "state")} | _selection(args)
+    names = ("device", "checkpoint", "state")
+    overrides = _overrides(args)
+    return (
+        {name: getattr(args, name) for name in names}
+        | _selection(args)
+        | ({"overrides": overrides} if overrides else {})
+    )
+
+
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """Keys of the run's model that were given as options."""
+    overrides = parse_overrides(args.overrides)
+    for key in overrides:
+        if not key.startswith("model."):
+            raise UsageError(
+                f"apt {args.command}: --{key} is no key of the model",
+                hint="keys of the model alone can be given here, such as --model.attention_name mha",
+            )
+    return overrides
 
 
 def _selection(args: Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,14 +44,22 @@ class ProvidersInUse:
         registry: the run's view of the registry.
         sections: {"model": {...}, "data": {...}, "training": {...}}: the providers' sections of the profile.
         strict: raise instead of falling back.
+        layouts: {kind: the layout of weights that there are already}: a provider that reads them stands in rather than
+            the kind's default.
     """
 
     def __init__(
-        self, registry: Registry, sections: Mapping[str, Mapping[str, Any]] | None = None, *, strict: bool = False
+        self,
+        registry: Registry,
+        sections: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        strict: bool = False,
+        layouts: Mapping[str, str] | None = None,
     ) -> None:
         self.registry = registry
         self.sections = sections or {}
         self.strict = strict
+        self.layouts = layouts or {}
         self.slots: dict[tuple[str, str], Slot] = {}
 
     @property
@@ -87,7 +96,7 @@ class ProvidersInUse:
         try:
             slot, part = self._fill(kind, name, name, make)
         except ProviderError as error:
-            stand_in = self.registry.fallback_of(kind, name)
+            stand_in = self._of_the_same_layout(kind, name) or self.registry.fallback_of(kind, name)
             optional = optional and (kind, name) not in self.registry.recorded
             if self.strict or (stand_in is None and not optional) or self.registry.near_miss(kind, name):
                 raise
@@ -106,6 +115,18 @@ class ProvidersInUse:
         problems = self.registry.check_conflicts(self.providers)
         if problems:
             raise ConflictError("; ".join(problems), hint="choose other providers in the profile")
+
+    def _of_the_same_layout(self, kind: str, name: str) -> str | None:
+        """A provider that reads the weights that there are already, other than `name`; None if there is none."""
+        layout = self.layouts.get(kind)
+        if layout is None:
+            return None
+        for other in self.registry.list_providers(kind)[kind]:
+            # One that cannot be imported, or that two plugins claim, is no reason not to look at the others.
+            with suppress(ProviderError, ConflictError):
+                if other != name and self.registry.get_info(kind, other)["weights_layout"] == layout:
+                    return other
+        return None
 
     def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
         claim = self.registry.find(kind, name)

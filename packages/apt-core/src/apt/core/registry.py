@@ -340,7 +340,10 @@ class Registry:
             if type(error).__name__ == "ValidationError":
                 faults: list[Any] = error.errors()  # type: ignore[union-attr]
                 said = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
-                raise ConfigError(f"{claim.slot}: its section does not fit: {said}") from error
+                known = ", ".join(getattr(cls.Config, "model_fields", ()))
+                raise ConfigError(
+                    f"{claim.slot}: its section does not fit: {said}", hint=f"its keys are {known}" if known else None
+                ) from error
             raise ProviderError(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
         if fingerprint is not None:
             self._instances[key] = instance

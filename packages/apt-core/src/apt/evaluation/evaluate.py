@@ -63,7 +63,7 @@ def evaluate_run(
         checkpoint: "last", "best" or a step; None for the last one.
         state: an average of the weights to measure in their place, as `load_run` takes it.
         batches: stop after so many; None measures all.
-        **plugins: `plugins`, `no_plugin`, `no_plugins`, `strict`, as `load_run` takes them.
+        **plugins: `overrides`, `plugins`, `no_plugin`, `no_plugins`, `strict`, as `load_run` takes them.
 
     Raises:
         CheckpointError, DataError, ConfigError: the run, or the text it was trained on, cannot be read.

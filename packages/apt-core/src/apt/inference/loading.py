@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, requirements_of
+from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, recorded_layouts, requirements_of
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
@@ -44,6 +45,7 @@ def load_run(
     device: str = "auto",
     checkpoint: str | int | None = None,
     state: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     plugins: Iterable[str] | None = None,
     no_plugin: Iterable[str] = (),
     no_plugins: bool = False,
@@ -56,22 +58,25 @@ def load_run(
         device: as `hardware.device`.
         checkpoint: "last", "best" or a step; None for the last one.
         state: an average of the weights to use in their place, such as "stable"; what has none keeps its weight.
+        overrides: {dotted key: value} over the run's own profile, such as {"model.attention_name": "mha"}.
         plugins, no_plugin, no_plugins, strict: as the command line's options of those names.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged or holds no such state, or a provider that made it
             is not here.
     """
-    config = resolve(run.profile).config
+    config = resolve(run.profile, overrides).config
+    lock, target = read_lock(run.lock), pick_device(device)
     selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
     found = discover(selection, strict=strict)
-    registry, lock = found.registry_of_a_run(), read_lock(run.lock)
+    registry = found.registry_of_a_run()
     registry.recorded = requirements_of(lock)
-    in_use = ProvidersInUse(registry, config.sections, strict=strict)
+    in_use = ProvidersInUse(registry, config.sections, strict=strict, layouts=recorded_layouts(lock))
     tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
     # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.
     with torch.random.fork_rng(devices=[]):
-        model = ModelBuilder(config, in_use).build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+        builder = ModelBuilder(config, in_use, device=target)
+        model = builder.build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     check_lock(lock, in_use.slots.values(), MODEL_KINDS)
     hooks = Hooks("stop" if strict else config.on_plugin_error)
     for plugin in found.listeners(USE):
@@ -95,7 +100,6 @@ def load_run(
             f"the checkpoint of step {step} does not fit the model of {run.path}: {text}",
             hint="use the plugins and versions that the run was trained with: see its plugins.lock.json",
         ) from error
-    target = pick_device(device)
     return LoadedRun(config, model.to(target).eval(), tokenizer, target, hooks, in_use, step)
 
 

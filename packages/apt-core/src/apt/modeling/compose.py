@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from apt.core.config import RunConfig
@@ -26,6 +27,8 @@ class ModelBuilder:
         config: a resolved profile, a plain dict of the same shape, or a profile's name or path.
         in_use: the run's providers; a script needs none.
         registry: where the providers are found if `in_use` is left out; a view of the installed ones by default.
+        device: where the model will run, if that is known: some kernels exist on some devices alone.
+        trains: whether the model will be trained, and not only used.
 
     Raises:
         ConfigError: the config is no valid profile.
@@ -36,9 +39,14 @@ class ModelBuilder:
         config: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
         in_use: ProvidersInUse | None = None,
         registry: Registry | None = None,
+        *,
+        device: torch.device | None = None,
+        trains: bool = False,
     ) -> None:
         self.config = config if isinstance(config, RunConfig) else resolve(config).config
         self.in_use = in_use or ProvidersInUse(registry or installed.view(), self.config.sections)
+        self.device = device
+        self.trains = trains
 
     def build_attention(self, d_model: int, num_heads: int) -> nn.Module:
         """A causal attention layer of `model.attention_name`, or of the default where that cannot be had.
@@ -52,6 +60,8 @@ class ModelBuilder:
             "dropout": model.dropout,
             "num_layers": model.num_layers,
             "rope_theta": model.rope_theta if model.positions == "rope" else None,
+            "device": self.device,
+            "trains": self.trains,
         }
 
         def make(provider: Any) -> nn.Module:

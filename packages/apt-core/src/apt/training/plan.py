@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from apt.core.config import RunConfig
+from apt.core.device import pick_device
 from apt.core.in_use import ProvidersInUse
 from apt.core.registry import Registry
 from apt.data.prepare import use_data_providers
@@ -31,7 +32,7 @@ def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tupl
         with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
             warnings.simplefilter("always")
             use_data_providers(config, in_use)
-            builder = ModelBuilder(config, in_use)
+            builder = ModelBuilder(config, in_use, device=pick_device(config.hardware.device), trains=True)
             with torch.device(device):
                 model = builder.build_model(vocab_size=config.model.vocab_size or 1)
             use_side_providers(config, in_use)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from apt.checkpoint.durable import replace
-from apt.checkpoint.lock import check_frozen, check_lock, read_lock, requirements_of, write_lock
+from apt.checkpoint.lock import (
+    check_frozen,
+    check_lock,
+    read_lock,
+    recorded_layouts,
+    requirements_of,
+    write_lock,
+)  # fmt: skip
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device, tune_cpu_memory, use_bf16
@@ -95,7 +102,8 @@ class Trainer:
         check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
         if frozen is not None:
             self._refuse_what_is_not_in(frozen)
-        self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict)
+        layouts = recorded_layouts(self.lock) if self.lock else None
+        self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict, layouts=layouts)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
@@ -303,7 +311,7 @@ class Trainer:
         self.schedule.steps_per_epoch = self.steps_per_epoch
         for name in self.schedule.unreached():
             warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
-        builder = ModelBuilder(config, self.in_use)
+        builder = ModelBuilder(config, self.in_use, device=self.device, trains=True)
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         if vocab_size < self.tokenizer.vocab_size:
             raise ConfigError(

@@ -76,8 +76,9 @@ class AttentionProvider(Provider):
             num_heads: heads H; D must be a multiple of H.
             causal: whether a position sees only itself and what came before it.
             dropout: probability of dropping an attention weight in training.
-            **config: what the model around it knows: `num_layers` (for the scale of the initial weights) and
-                `rope_theta` (None: the model adds learned positions and the layer rotates nothing).
+            **config: what the model around it knows: `num_layers` (for the scale of the initial weights),
+                `rope_theta` (None: the model adds learned positions and the layer rotates nothing), `device` (where
+                the layer will run; None: not known yet) and `trains` (whether gradients will be asked for).
 
         Raises:
             ConfigError: the sizes or the config do not fit this kind of attention; the message names what does.

@@ -7,7 +7,7 @@ and values, head h reads those of number h // (H / K).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from apt.core.providers.attention import AttentionContext, AttentionProvider
 from apt.modeling.layers.checks import check_heads, check_request
 from apt.modeling.layers.counting import Part
 from apt.modeling.layers.kv_cache import PositionCache
-from apt.modeling.layers.masks import attend, build_mask
+from apt.modeling.layers.masks import Limits, attend, build_mask
 from apt.modeling.layers.norm import rms_norm
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
 
@@ -39,6 +39,8 @@ class MHAConfig(Section):
 class MHAAttentionLayer(Part):
     """Multi-head or grouped-query attention; `forward` keeps the contract of `AttentionProvider`.
 
+    A layer of the same weights that scores on another kernel overrides `mix` alone.
+
     Args:
         d_model: width D.
         num_heads: heads H of size Dh = D / H.
@@ -52,6 +54,7 @@ class MHAAttentionLayer(Part):
         ConfigError: the heads do not fit.
     """
 
+    name: ClassVar[str] = "mha"
     capabilities = frozenset({"cache", "documents", "cross_attention", "weights"})
 
     def __init__(
@@ -134,7 +137,7 @@ class MHAAttentionLayer(Part):
     ) -> tuple[Tensor, Tensor | None]:
         """See `AttentionProvider`. Cross-attention rotates its keys by their own index."""
         context = context or AttentionContext()
-        check_request("mha", query, key, causal=self.causal, context=context)
+        check_request(self.name, query, key, causal=self.causal, context=context)
         cache = context.cache
         assert cache is None or isinstance(cache, PositionCache)
         start = cache.length if cache is not None else 0
@@ -155,27 +158,38 @@ class MHAAttentionLayer(Part):
         if cache is not None:
             documents_BS = cache.write_documents(documents_BT)
             k_BSKd, v_BSKd = cache.write("keys", k_BSKd), cache.write("values", v_BSKd)
-        mask = build_mask(
-            T,
-            k_BSKd.shape[1],
-            q_BTHd,
-            causal=self.causal,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            query_documents_BT=documents_BT,
-            key_documents_BS=documents_BS,
-        )
+        limits = Limits(attn_mask, key_padding_mask, documents_BT, documents_BS)
+        out_BTHd, weights_BHTS = self.mix(q_BTHd, k_BSKd, v_BSKd, limits, need_weights=context.need_weights)
         if cache is not None:
             cache.advance(T)
+        return self.w_o(out_BTHd.flatten(2)), weights_BHTS
+
+    def mix(
+        self, q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, limits: Limits, *, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The values, mixed as queries and keys score: what `forward` does between its projections.
+
+        Args:
+            q_BTHd, k_BSKd, v_BSKd: rotated and normed; if causal, the queries are the last T of the S positions.
+            limits: what restricts who sees whom beside `self.causal`.
+            need_weights: whether to return the weights as well.
+
+        Returns:
+            The output [B, T, H, Dh], zeros where a row sees nothing; the weights [B, H, T, S] or None.
+
+        Raises:
+            ProviderError: a mask does not fit.
+        """
+        mask = build_mask(q_BTHd.shape[1], k_BSKd.shape[1], q_BTHd, causal=self.causal, **limits._asdict())
         out_BHTd, weights_BHTS = attend(
             q_BTHd.transpose(1, 2),
             k_BSKd.transpose(1, 2),
             v_BSKd.transpose(1, 2),
             mask,
             dropout=self.dropout if self.training else 0.0,
-            need_weights=context.need_weights,
+            need_weights=need_weights,
         )
-        return self.w_o(out_BHTd.transpose(1, 2).flatten(2)), weights_BHTS
+        return out_BHTd.transpose(1, 2), weights_BHTS
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, Dh], keys and values [B, S, K, Dh]; one product where all three come from one tensor."""
@@ -198,6 +212,7 @@ class MHAAttention(AttentionProvider):
     """Multi-head and grouped-query attention with RoPE on the fused kernels."""
 
     Config = MHAConfig
+    Layer: ClassVar[type[MHAAttentionLayer]] = MHAAttentionLayer
     weights_layout = "mha"
 
     def get_name(self) -> str:
@@ -217,7 +232,7 @@ class MHAAttention(AttentionProvider):
         rope_theta: float | None = 10_000.0,
         **config: Any,
     ) -> MHAAttentionLayer:
-        return MHAAttentionLayer(
+        return self.Layer(
             d_model,
             num_heads,
             self.config,

@@ -27,6 +27,15 @@ class Mask(NamedTuple):
     """bool, broadcastable to [B, H, T, 1]: rows that see nothing; `visible` shows them everything, to stay finite."""
 
 
+class Limits(NamedTuple):
+    """What restricts who sees whom beside causality: the arguments of `build_mask` of these names."""
+
+    attn_mask: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    query_documents_BT: Tensor | None = None
+    key_documents_BS: Tensor | None = None
+
+
 def build_mask(
     query_length: int,
     key_length: int,
@@ -56,11 +65,11 @@ def build_mask(
     blocked: list[Tensor] = []
     added: list[Tensor] = []
     if attn_mask is not None:
-        _check("attn_mask", attn_mask, (T, S), (B, T, S))
+        check_mask("attn_mask", attn_mask, (T, S), (B, T, S))
         mask_BHTS = attn_mask.unsqueeze(-3) if attn_mask.dim() == 3 else attn_mask
         (blocked if attn_mask.dtype == torch.bool else added).append(mask_BHTS)
     if key_padding_mask is not None:
-        _check("key_padding_mask", key_padding_mask, (B, S))
+        check_mask("key_padding_mask", key_padding_mask, (B, S))
         (blocked if key_padding_mask.dtype == torch.bool else added).append(key_padding_mask[:, None, None, :])
     # Whoever sees at least itself is never blind.
     may_be_blind = bool(blocked or added)
@@ -157,7 +166,8 @@ def _future(query_length: int, key_length: int, device: torch.device) -> Tensor:
     return ones.triu(key_length - query_length + 1)
 
 
-def _check(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+def check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise ProviderError if `mask` has none of these shapes, or is neither boolean nor floating."""
     if tuple(mask.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ProviderError(
@@ -169,4 +179,4 @@ def _check(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
         )
 
 
-__all__ = ["Mask", "attend", "build_mask", "masked_softmax", "padded"]
+__all__ = ["Limits", "Mask", "attend", "build_mask", "check_mask", "masked_softmax", "padded"]
