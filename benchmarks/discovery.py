@@ -98,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9, help="of each (%(default)s)")
     parser.add_argument("--plugins", type=int, default=100, help="the broken ones included (%(default)s)")
-    parser.add_argument("--limit", type=float, default=10.0, metavar="S", help="seconds for an import (%(default)g)")
+    parser.add_argument("--limit", type=float, default=20.0, metavar="S", help="seconds for an import (%(default)g)")
     parser.add_argument("--later-at-most", type=float, metavar="MS", help="exit 1 if plugins add more to a later call")
     parser.add_argument("--show", action="store_true", help="print what plugin-list says of them")
     args = parser.parse_args()

@@ -35,9 +35,9 @@ FORMAT = 1
 KEPT = 20
 """How many environments are remembered."""
 
-IMPORT_SECONDS = 10.0
-"""How long an import may take: a plugin module that registers import strings takes milliseconds, one that imports torch
-seconds. APT_IMPORT_SECONDS is another limit."""
+IMPORT_SECONDS = 20.0
+"""How long an import may take. A plugin module that registers import strings takes milliseconds; one that imports torch
+takes two seconds, and on a busy machine ten. APT_IMPORT_SECONDS is another limit."""
 
 
 def contents_of(plugins: Sequence[Plugin], *, refresh: bool = False) -> list[Contents]:
