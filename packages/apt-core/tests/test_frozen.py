@@ -195,6 +195,11 @@ def test_where_a_lock_lies_and_what_is_said_where_there_is_none(
     assert [slot["name"] for slot in read(tmp_path / "x/y.json")["slots"] if slot["kind"] == "ffn"] == ["default"]
     (tmp_path / "bad.json").write_text('{"format": 1, "slots": [], "plugins": [{"name": "x"}]}')
     assert train("--frozen", "bad.json").err.startswith("error: bad.json is damaged\n")
+    (tmp_path / "file").write_text("")
+    said = run_apt("plugin-lock", "-p", "small.yaml", "--output", "file/x.json").err
+    assert said.startswith("error: cannot write file/x.json: ") and said.endswith(
+        "fix: write it elsewhere: --output FILE\n"
+    )
     assert run_apt("plugin-lock").err.startswith("error: apt plugin-lock: needs -p/--profile\n")
 
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from apt.cli.overrides import parse_overrides
+from apt.core.errors import CheckpointError
 from apt.core.profiles import check_sections, find_profile, is_shipped, resolve
 
 SUFFIX = ".lock.json"
@@ -35,7 +36,10 @@ def run_plugin_lock_command(args: Namespace) -> int:
     in_use, model, builder = plan(config, registry, strict=args.strict)
     slots = list(in_use.slots.values())
     used = plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
-    write_lock(path, slots, model, builder.modules_by_slot(model), used)
+    try:
+        write_lock(path, slots, model, builder.modules_by_slot(model), used)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint="write it elsewhere: --output FILE") from error
 
     from apt.cli.screen import columns
     from apt.training.progress import describe_slot
