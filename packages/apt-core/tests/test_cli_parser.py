@@ -48,7 +48,7 @@ def test_generate_and_eval_take_a_run_and_a_checkpoint() -> None:
     args = parse_arguments(
         ["generate", "runs/a-1", "--checkpoint", "300", "--prompt=-x", "--top-p", "0.9", "--seed", "0"]
     )
-    assert (args.run_name, args.checkpoint, args.prompt, args.top_p, args.seed) == ("runs/a-1", 300, "-x", 0.9, 0)
+    assert (args.run_name, args.checkpoint, args.prompt, args.top_p, args.seed) == ("runs/a-1", 300, ["-x"], 0.9, 0)
     args = parse_arguments(["eval", "--checkpoint", "best"])
     assert (args.run_name, args.checkpoint, args.json, args.batches) == (None, "best", False, None)
 

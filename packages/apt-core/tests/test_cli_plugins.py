@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import re
 from argparse import Namespace
 
@@ -88,7 +89,7 @@ def test_list_shows_plugins_and_providers(run_apt: RunApt, toy: None) -> None:
 def test_list_of_one_kind_shows_that_kind_alone(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APT_PLUGINS", "toy")  # another router may be installed here
     assert run_apt("plugin-list", "--kind", "router").out == "  router\n    everywhere  0.3  apt-toy\n"
-    assert run_apt("plugin-list", "--kind", "voter").out == "  no provider of kind voter is installed\n"
+    assert run_apt("plugin-list", "--kind", "quant").out == "  no provider of kind quant is installed\n"
     result = run_apt("plugin-list", "--kind", "atention")
     assert result == (2, "", "error: there is no provider kind 'atention'\n  fix: did you mean attention?\n")
     assert run_apt("plugin-list", "--kind", "x").err.endswith(f"  fix: the kinds are {', '.join(KINDS)}\n")
@@ -113,7 +114,7 @@ def test_list_as_json(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatc
     assert listing["providers"]["router"] == [expected]
     assert [p["name"] for p in listing["providers"]["attention"] if p["default"]] == ["tva_default"]
     assert json.loads(run_apt("plugin-list", "--kind", "router", "--json").out) == {"providers": {"router": [expected]}}
-    assert json.loads(run_apt("plugin-list", "--kind", "voter", "--json").out) == {"providers": {"voter": []}}
+    assert json.loads(run_apt("plugin-list", "--kind", "quant", "--json").out) == {"providers": {"quant": []}}
 
 
 def test_plugins_without_providers_are_listed_too(run_apt: RunApt, make_distribution: MakeDistribution) -> None:
@@ -352,6 +353,31 @@ def test_the_profile_chooses_whose_options_there_are(
     profile.write_text("plugins: []\n")
     result = run_apt("train", "-p", str(profile), "--toy-strength", "2")
     assert result.err.startswith("error: apt train: there is no option --toy-strength")
+
+
+RETRIEVE = """
+@hookimpl
+def apt_register_options(command, options):
+    if command != "train":
+        options.add_argument("--retrieve", help="for " + command)
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
+def test_the_run_chooses_whose_options_there_are(
+    run_apt: RunApt, make_distribution: MakeDistribution, tmp_path: pathlib.Path, command: str
+) -> None:
+    make_distribution("apt-toy", plugins={"toy": "toy_plugin"}, modules={"toy_plugin": HEAD + RETRIEVE})
+    for name, plugins in {"with": "[toy]", "without": "[]"}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "profile.yaml").write_text(f"plugins: {plugins}\n")
+    assert f"for {command}" in run_apt(command, "with", "--help").out
+    for call in (["runs/with", "--retrieve", "without"], ["--retrieve", "without", "with"]):
+        assert parse_arguments([command, *call]).retrieve == "without"
+    for call in (["runs/without", "--retrieve", "with"], ["--retrieve", "with", "without"]):
+        result = run_apt(command, *call)
+        assert result.err.startswith(f"error: apt {command}: there is no option --retrieve")
+    assert run_apt("train", "--retrieve", "x").err.startswith("error: apt train: there is no option --retrieve")
 
 
 @pytest.mark.parametrize("body", ["raise ValueError('oh no')", "options.add_argument('--epochs')"])

@@ -1,19 +1,16 @@
-"""`apt train`, `apt generate`, `apt eval`: what they make of their arguments. The work itself is stood in for."""
+"""`apt train` and `apt eval`: what they make of their arguments. The work itself is stood in for."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixture_types import RunApt
 
-from apt.core.errors import ConfigError
 from apt.core.profiles import dump_yaml, resolve
 from apt.core.runs import RunFolder
 
@@ -34,25 +31,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             seen["trained"] = True
             return Path("runs/x-1")
 
-    class Generator:
-        @classmethod
-        def from_run(cls, run: RunFolder, **options: Any) -> Generator:
-            seen.update(options, run=run)
-            return cls()
-
-        def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-            seen.update(options, prompt=prompt)
-            if options["temperature"] < 0:
-                raise ConfigError("temperature is below 0")
-            yield from (", ", "wörld", "")
-
     def evaluate_run(run: RunFolder, **options: Any) -> dict[str, float]:
         seen.update(options, run=run)
         return {"step": 1200.0, "val_loss": 1.52345, "perplexity": 4.588}
 
     for name, contents in {
         "apt.training.trainer": {"Trainer": Trainer},
-        "apt.inference.generator": {"Generator": Generator},
         "apt.evaluation.evaluate": {"evaluate_run": evaluate_run},
     }.items():
         module = types.ModuleType(name)
@@ -159,51 +143,14 @@ def test_resume_does_not_list_all_there_is(run_apt: RunApt, calls: Calls) -> Non
     assert " more; to change the run, " in run_apt("train", "-p", "tiny_debug", "--resume").err
 
 
-# generate
+# eval
 
 
-def test_generate_writes_the_prompt_and_its_continuation(run_apt: RunApt, calls: Calls) -> None:
-    run = make_run("runs/tiny_debug-1")
-    result = run_apt(
-        "generate", "--prompt", "hello", "--max-tokens", "9", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9",
-        "--seed", "7", "--checkpoint", "best", "--device", "cpu", "--no-plugins", "--state", "stable",
-    )  # fmt: skip
-    assert result == (0, "hello, wörld\n", "")
-    assert calls == {
-        "run": run, "device": "cpu", "checkpoint": "best", "state": "stable", "plugins": None, "no_plugin": [],
-        "no_plugins": True, "strict": False, "prompt": "hello", "max_new_tokens": 9, "temperature": 0.5, "top_k": 3,
-        "top_p": 0.9, "seed": 7,
-    }  # fmt: skip
-
-
-def test_generate_writes_nothing_before_it_is_known_to_work(run_apt: RunApt, calls: Calls) -> None:
-    make_run("runs/tiny_debug-1")
-    result = run_apt("generate", "--prompt", "hello", "--temperature=-1")
-    assert result == (2, "", "error: temperature is below 0\n")
-
-
-def test_generate_reads_standard_input(run_apt: RunApt, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run("runs/tiny_debug-1")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("to be\nor not\n"))
-    assert run_apt("generate", "--prompt", "-").out == "to be\nor not, wörld\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
-    result = run_apt("generate", "--prompt", "-")
-    assert result == (2, "", "error: standard input: not utf-8 at byte 2\n  fix: give UTF-8 text\n")
-
-
-def test_generate_refuses_a_prompt_that_is_no_text(run_apt: RunApt, calls: Calls) -> None:
-    result = run_apt("generate", "--prompt", "a\udcff")
-    assert result == (2, "", "error: --prompt: not UTF-8\n  fix: give UTF-8 text\n")
-
-
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
 def test_without_a_run_there_is_nothing_to_do(run_apt: RunApt, calls: Calls, command: str) -> None:
     result = run_apt(command)
     assert result.code == 2
     assert result.err == "error: there is no run in runs\n  fix: start one with: apt train --profile tiny_debug\n"
-
-
-# eval
 
 
 def test_eval_prints_what_it_measured(run_apt: RunApt, calls: Calls) -> None:
@@ -214,6 +161,11 @@ def test_eval_prints_what_it_measured(run_apt: RunApt, calls: Calls) -> None:
         ["run", "runs/tiny_debug-1"], ["step", "1,200"], ["val_loss", "1.5234"], ["perplexity", "4.5880"],
     ]  # fmt: skip
     assert (calls["run"], calls["checkpoint"], calls["batches"], calls["strict"]) == (run, 300, 4, True)
+    assert calls["voter"] is None and "overrides" not in calls
+    assert run_apt("eval", "--voter", "entropy", "--data.answers_path", "q.jsonl", "--model.voting.k=5").code == 0
+    assert (calls["voter"], calls["overrides"]) == ("entropy", {"data.answers_path": "q.jsonl", "model.voting.k": 5})
+    result = run_apt("eval", "--chat.user", "x")
+    assert result.err.startswith("error: apt eval: --chat.user is no key of the model or data.answers_*\n")
     assert json.loads(run_apt("eval", "--json").out) == {
         "run": "runs/tiny_debug-1", "step": 1200.0, "val_loss": 1.52345, "perplexity": 4.588,
     }  # fmt: skip

@@ -3,74 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from apt import hookspecs
 from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError
 from apt.core.runs import RunFolder, find_run, new_run
-from apt.data.tokenizers import ByteTokenizer
 from apt.evaluation.evaluate import evaluate, evaluate_run
-from apt.inference.generator import Generator, _IncrementalDecoder
-from apt.inference.sampling import Sampling, sample
+from apt.inference.generator import Generator
+from apt.inference.sampling import Sampling
 from apt.training.metrics import read_metrics
 from apt.training.trainer import Trainer
-
-# Sampling
-
-
-def draws(sampling: Sampling, logits: list[float], count: int = 4000) -> torch.Tensor:
-    """How often each token is drawn."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sample(torch.tensor([logits]).expand(count, -1), sampling, generator)
-    return torch.bincount(tokens, minlength=len(logits)) / count
-
-
-def test_sampling_follows_the_tempered_softmax() -> None:
-    logits = [1.0, 0.0, -1.0]
-    for temperature in (0.5, 1.0, 2.0):
-        expected = (torch.tensor(logits) / temperature).softmax(-1)
-        torch.testing.assert_close(draws(Sampling(temperature), logits), expected, atol=0.03, rtol=0)
-
-
-def test_temperature_zero_takes_the_likeliest() -> None:
-    assert sample(torch.tensor([[0.1, 2.0, 1.9]]), Sampling(0.0)).tolist() == [1]
-
-
-def test_top_k_and_top_p_keep_the_likeliest_and_no_others() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
-    assert (draws(Sampling(top_k=2), logits) > 0).tolist() == [True, True, False, False]
-    assert (draws(Sampling(top_k=99), logits) > 0).all()
-    assert (draws(Sampling(top_p=0.45), logits) > 0).tolist() == [True, False, False, False]
-    assert (draws(Sampling(top_p=0.7), logits) > 0).tolist() == [True, True, False, False]
-    torch.testing.assert_close(
-        draws(Sampling(top_p=0.7), logits)[:2], torch.tensor([0.5, 0.3]) / 0.8, atol=0.03, rtol=0
-    )
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
-)
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Sampling(**wrong)
-
-
-def test_the_decoder_waits_for_whole_characters_and_loses_nothing() -> None:
-    tokenizer = ByteTokenizer()
-    text = "naïve Ω 😀 end"
-    decoder = _IncrementalDecoder(tokenizer.decode)
-    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    broken = [decoder.push(token) for token in [0xF0, 0x9F, 65, 66, 67]] + [decoder.push(0xF0), decoder.flush()]
-    assert "ABC" in "".join(broken)
-    assert broken[-1] == "\ufffd"
-
 
 # A run
 
@@ -102,26 +51,6 @@ def test_a_seed_repeats_and_the_prompt_is_continued(run: RunFolder) -> None:
     assert one != "".join(generator.stream("1", max_new_tokens=40, seed=4))
 
 
-@pytest.mark.parametrize("attention", ["tva_default", "mha"])
-def test_with_a_cache_the_tokens_are_those_without(run: RunFolder, attention: str, tmp_path: Path) -> None:
-    from apt.modeling.compose import ModelBuilder
-
-    torch.manual_seed(0)
-    model = ModelBuilder(
-        {"model": {"d_model": 32, "num_heads": 4, "num_layers": 2, "max_seq_len": 24, "attention_name": attention}}
-    ).build_model(vocab_size=40)
-    generator = Generator.from_run(run)
-    generator.model = model.double().eval()
-    generator.tokenizer = SimpleNamespace(eos_id=None, vocab_size=40)  # type: ignore[assignment]
-    prompt = [3, 1, 4, 1, 5]
-    ids = list(generator.generate_ids(prompt, 40, Sampling(0.0)))
-    expected = list(prompt)
-    for _ in range(40):  # 40 is beyond the longest context of 24
-        logits = model(torch.tensor([expected[-24:]])).logits[0, -1]
-        expected.append(int(logits.argmax()))
-    assert ids == expected[5:]
-
-
 def test_hooks_change_the_prompt_and_the_next_token(run: RunFolder) -> None:
     generator = Generator.from_run(run)
     letter = generator.tokenizer.encode("w")[0]
@@ -141,7 +70,38 @@ def test_hooks_change_the_prompt_and_the_next_token(run: RunFolder) -> None:
     generator.hooks.add(Broken())
     with pytest.warns(AptWarning, match=r"Broken\.on_next_token failed"):
         assert "".join(generator.stream("w", max_new_tokens=5, seed=0)) == "wwwww"
-    assert generator.tokenizer.decode(generator.tokens[0].tolist()) == "wallwwwww"
+    assert generator.tokenizer.decode(generator.tokens[0].tolist()) == "wallwwww", "what the last token followed"
+
+
+def test_hooks_may_rely_on_what_the_table_of_the_contract_says(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (hookspecs.__doc__ or "").partition("and `generator`")[2].partition("An average of the weights")[0]
+    names = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
+    assert names == ["model", "tokenizer", "device", "options", "note", "tokens", "padding", "hidden"]
+    options = Namespace(retrieve="store")
+    seen: list[int] = []
+
+    class Looks:
+        def on_generation_start(self, prompt: str, generator: Generator) -> None:
+            assert all(hasattr(generator, name) for name in names)
+            assert generator.options is options
+            generator.note("a source")
+
+        def on_next_token(self, logits: torch.Tensor, generator: Generator) -> None:
+            assert not generator.model.training
+            assert generator.tokens.dtype == torch.int64
+            expected = generator.model(generator.tokens[:, -24:])
+            torch.testing.assert_close(generator.hidden, expected.hidden[:, -1])
+            torch.testing.assert_close(logits, expected.logits[:, -1])
+            seen.append(generator.tokens.shape[1])
+
+    generator = Generator.from_run(run, options=options)
+    generator.hooks.add(Looks())
+    "".join(generator.stream("12", max_new_tokens=30, temperature=0))
+    assert seen == list(range(2, 32))
+    assert capsys.readouterr() == ("", "a source\n")
+    assert Generator.from_run(run).options is None
 
 
 def test_the_end_of_the_document_ends_the_text(run: RunFolder) -> None:

@@ -481,7 +481,7 @@ def test_what_the_tables_promise_to_hooks_is_there(config: Config) -> None:
             trainer.extra_metrics["mine"] = torch.tensor(0.25)
 
     trainer = train(config, Look())
-    assert seen == {"missing": set(), "state": set(documented("and `model_state`", "Failure has two kinds"))}
+    assert seen == {"missing": set(), "state": set(documented("and `model_state`", "and `generator`"))}
     records = [record for record in read_metrics(trainer.run_dir / "metrics.jsonl") if record["event"] == "train"]
     assert all(record["mine"] == 0.25 for record in records)
 

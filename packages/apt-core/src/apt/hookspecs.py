@@ -69,6 +69,19 @@ and `model_state`, a new dict for each micro-batch:
 | `aux_loss` | 0-d tensor, the sum of what the FFN layers returned, or None |
 | `document_ids` | int64 [B, T], or None where documents are not kept apart |
 
+and `generator`, what generates text:
+
+| attribute | what it is |
+|---|---|
+| `model` | the `torch.nn.Module` in use, in evaluation mode |
+| `tokenizer` | its `Tokenizer` |
+| `device` | the `torch.device` of the model |
+| `options` | the parsed command line, an `argparse.Namespace` with the options of plugins; None in scripts |
+| `note(text)` | tells the user something: one line on standard error, never among the text |
+| `tokens` | int64 [B, T], the prompts and what has been generated; in `on_next_token` |
+| `padding` | int64 [B], how many tokens at the left of each row of `tokens` are none of its own; in `on_next_token` |
+| `hidden` | [B, D], the last hidden states after the final norm, of which these logits come; in `on_next_token` |
+
 An average of the weights is kept as `optimizer.state[parameter][NAME]`, a floating-point tensor shaped like the
 parameter, beside what AdamW keeps there: so it is saved and resumed with no code of its own, and `apt eval` and
 `apt generate` use it in place of the weights with `--state NAME`. Write it only where the parameter's state is not
@@ -132,8 +145,9 @@ def apt_register_commands(commands: Any) -> None:
 
 @hookspec
 def apt_register_options(command: str, options: Any) -> None:
-    """Add options to a command of core; asked only when that command runs, and `train` is the one that asks. `options`
-    is the `argparse` group of this plugin on it; what was given is in `trainer.options`."""
+    """Add options to a command of core; asked only when that command runs, and `train`, `generate`, `chat` and `eval`
+    are those that ask. `options` is the `argparse` group of this plugin on it; what was given is in `trainer.options`
+    or `generator.options`."""
 
 
 # Build
@@ -242,12 +256,17 @@ def on_checkpoint_load(state: dict[str, Any], trainer: Any) -> None:
 
 @hookspec
 def on_generation_start(prompt: str, generator: Any) -> str | None:
-    """Another prompt to use instead, or None to leave it as it is."""
+    """Another prompt to use instead, or None to leave it as it is. In a chat it is the message, without what was said
+    before."""
 
 
 @hookspec
 def on_next_token(logits: Tensor, generator: Any) -> Tensor | None:
-    """Other next-token logits [B, V] to sample from, or None to leave them as they are."""
+    """Other next-token logits [B, V] to sample from, or None to leave them as they are. Those of tokens that are none
+    of the tokenizer's are -inf. They are scores, before temperature and the like; log-probabilities are scores too.
+
+    Rows are texts that are generated side by side; one that has ended leaves. Where a vote is held they are its
+    candidates."""
 
 
 # Errors

@@ -27,3 +27,5 @@ def apt_register_providers(registry: Registry) -> None:
     register("tokenizer", "bpe", "apt.data.tokenizers:BPETokenizerProvider", version="1.0.0")
     register("tokenizer", "file", "apt.data.tokenizers:FileTokenizerProvider", version="1.0.0")
     register("tracker", "tensorboard", "apt.training.trackers:TensorBoardTracker", version="1.0.0")
+    register("voter", "entropy", "apt.builtin.voter:EntropyVoter", version="1.0.0", section="voting")
+    register("voter", "self_consistency", "apt.builtin.voter:SelfConsistencyVoter", version="1.0.0", section="voting")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model as a profile says, or go on with a run",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk with a trained model",
     "eval": "measure a trained model on its held-out text",
     "profile": "list the profiles that ship, show one in full, print the JSON Schema",
     "plugin-list": "list the plugins and providers that are installed",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
+from warnings import catch_warnings, simplefilter
 
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
@@ -22,6 +23,9 @@ MODEL_KEYS = (
     "Keys of the run's model are options too: --model.attention_name mha opens it with another attention that reads "
     "the same weights."
 )
+
+TAKE_OPTIONS = ("train", "generate", "chat", "eval")
+"""The commands that plugins may add options to."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,11 +89,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return _parse_plugin_command(command, rest)
     parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
     overrides: dict[str, str] = {}
-    if command in ("train", "generate", "eval", "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
+    if command in (*TAKE_OPTIONS, "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
-    if command == "train":
-        _add_plugin_options(parser, rest, overrides)
+    if command in TAKE_OPTIONS:
+        _add_plugin_options(command, parser, rest, overrides)
     parser.set_defaults(command=command, overrides=overrides)
     return parser.parse_all(rest)
 
@@ -110,27 +114,39 @@ def _parse_plugin_command(command: str, rest: Sequence[str]) -> argparse.Namespa
     return namespace
 
 
-def _add_plugin_options(parser: Parser, rest: Sequence[str], overrides: dict[str, str]) -> None:
-    """The options that plugins add to `apt train`. Which plugins those are, other arguments and the profile say."""
+def _add_plugin_options(command: str, parser: Parser, rest: Sequence[str], overrides: dict[str, str]) -> None:
+    """The options that plugins add to a command. Which plugins those are, other arguments and the profile say."""
     from apt.cli.plugins import add_options
-    from apt.cli.run_commands import find_source
     from apt.core.discovery import choose, discover
-    from apt.core.profiles import find_profile, load_profile_data
 
     first = Parser(prog=parser.prog, add_help=False)
-    _train(first)
-    chosen, _ = first.parse_known_args(rest)
-    names = None
-    with suppress(AptError):  # the command itself will say what is wrong with the profile
-        source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+    _CONFIGURE[command](first)
+    chosen, left = first.parse_known_args(rest)
+    selected = {"plugins": chosen.plugins, "no_plugin": chosen.no_plugin, "no_plugins": chosen.no_plugins}
+    if left and command != "train":
+        # What a plugin's option is given may look like the run, so the run is known once all options are.
+        with catch_warnings():
+            simplefilter("ignore")
+            add_options(command, first, discover(choose(**selected)))
+        chosen, _ = first.parse_known_args(rest)
+    names = _profiles_plugins(command, chosen, overrides)
+    add_options(command, parser, discover(choose(**selected, profile=names), strict=chosen.strict))
+
+
+def _profiles_plugins(command: str, chosen: argparse.Namespace, overrides: dict[str, str]) -> list[str] | None:
+    """The plugins that the profile names: of what is to be trained, or of the run. None if it names none."""
+    from apt.cli.run_commands import find_source
+    from apt.core.profiles import find_profile, load_profile_data
+    from apt.core.runs import find_run
+
+    names: object = None
+    with suppress(AptError):  # the command itself will say what is wrong with the profile or the run
+        if command == "train":
+            source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+        else:
+            source = find_run(chosen.run_name).profile
         names = load_profile_data(find_profile(source))[0].get("plugins")
-    selection = choose(
-        plugins=chosen.plugins,
-        no_plugin=chosen.no_plugin,
-        no_plugins=chosen.no_plugins,
-        profile=[name for name in names if isinstance(name, str)] if isinstance(names, list) else None,
-    )
-    add_options("train", parser, discover(selection, strict=chosen.strict))
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else None
 
 
 # The commands
@@ -164,7 +180,34 @@ def _train(parser: Parser) -> None:
 
 def _generate(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; - reads it from standard input")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT",
+        help="what to continue; - reads it from standard input; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--prompts", metavar="FILE", help="prompts to continue, one a line; - reads standard input")
+    parser.add_argument(
+        "--samples", type=_whole_number(1), default=1, metavar="N", help="continuations of each prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_whole_number(1), default=16, metavar="N", help="texts side by side (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one text a line")
+    _add_sampling(parser)
+    parser.epilog = MODEL_KEYS
+    parser.set_defaults(run_command="apt.cli.text_commands:run_generate_command")
+
+
+def _chat(parser: Parser) -> None:
+    _add_run(parser)
+    _add_sampling(parser)
+    parser.epilog = (
+        "Reads a message a line, on a terminal or from a pipe; /reset, /help and /exit are commands. How turns are "
+        "written is in the section chat of the run's profile: --chat.user, --chat.assistant, --chat.end, --chat.system."
+    )
+    parser.set_defaults(run_command="apt.cli.text_commands:run_chat_command")
+
+
+def _add_sampling(parser: Parser) -> None:
     parser.add_argument(
         "--max-tokens", type=_whole_number(1), default=200, metavar="N", help="tokens to add (%(default)s)"
     )
@@ -179,10 +222,24 @@ def _generate(parser: Parser) -> None:
     parser.add_argument(
         "--top-p", type=_number, metavar="P", help="choose among the likeliest tokens that make up P of 1"
     )
+    parser.add_argument(
+        "--min-p", type=_number, metavar="P", help="choose among the tokens at least P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=_number, default=1.0, metavar="R",
+        help="above 1 makes tokens that are in the text less likely (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text, in which \\n is a line's end; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes the text repeatable")
+    _add_voter(parser, "keep the best of several continuations: entropy or self_consistency; see --model.voting.k")
     _add_selection(parser)
-    parser.epilog = MODEL_KEYS
-    parser.set_defaults(run_command="apt.cli.run_commands:run_generate_command")
+
+
+def _add_voter(parser: Parser, what: str) -> None:
+    parser.add_argument("--voter", metavar="V", help=what)
 
 
 def _eval(parser: Parser) -> None:
@@ -191,6 +248,7 @@ def _eval(parser: Parser) -> None:
         "--batches", type=_whole_number(1), metavar="N", help="stop after N batches; all are measured if left out"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_voter(parser, "answer the questions of --data.answers_path by this voter too; the profile's if left out")
     _add_selection(parser)
     parser.epilog = MODEL_KEYS
     parser.set_defaults(run_command="apt.cli.run_commands:run_eval_command")
@@ -257,6 +315,7 @@ def _doctor(parser: Parser) -> None:
 _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "train": _train,
     "generate": _generate,
+    "chat": _chat,
     "eval": _eval,
     "profile": _profile,
     "plugin-list": _plugin_list,

@@ -1,28 +1,26 @@
-"""`apt train`, `apt generate`, `apt eval`: the commands that work on a run."""
+"""`apt train` and `apt eval`: the commands that make a run and measure it."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from apt.cli.lock_commands import lock_of
 from apt.cli.overrides import parse_overrides
-from apt.core.errors import AptWarning, DataError, UsageError
+from apt.core.errors import AptWarning, UsageError
 from apt.core.profiles import resolve
 from apt.core.runs import RunFolder, find_run
 
 SHORT = {"epochs": "training.max_epochs", "batch_size": "training.batch_size"}
 """Option of `apt train` -> the key of the profile that it stands for."""
 
-MAX_SHOWN = 6
+KEYS_IN_USE = {"chat": ("chat.",), "eval": ("data.answers_",)}
+"""Command -> the beginnings of the keys of a run's profile that may be given to it beside those of the model."""
 
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""What a model may write and a terminal would obey."""
+MAX_SHOWN = 6
 
 
 def run_train_command(args: Namespace) -> int:
@@ -60,37 +58,13 @@ def run_train_command(args: Namespace) -> int:
     return 0
 
 
-def run_generate_command(args: Namespace) -> int:
-    """Write a prompt and its continuation to standard output, as it comes."""
-    prompt = _read_prompt(args.prompt)
-    run = find_run(args.run_name)
-
-    from apt.inference.generator import Generator
-
-    generator = Generator.from_run(run, **_of_the_run(args))
-    pieces = generator.stream(
-        prompt,
-        max_new_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    first = next(pieces, "")  # what is wrong with the arguments shows here, before anything is written
-    on_terminal = sys.stdout.isatty()
-    for piece in chain([prompt + first], pieces, ["\n"]):
-        sys.stdout.write(piece.translate(CONTROLS) if on_terminal else piece)
-        sys.stdout.flush()
-    return 0
-
-
 def run_eval_command(args: Namespace) -> int:
     """Measure a run's model on its held-out text."""
     run = find_run(args.run_name)
 
     from apt.evaluation.evaluate import evaluate_run
 
-    metrics = evaluate_run(run, batches=args.batches, **_of_the_run(args))
+    metrics = evaluate_run(run, batches=args.batches, voter=args.voter, options=args, **of_the_run(args))
     measured = {"run": str(run.path)} | ({"state": args.state} if args.state is not None else {})
     if args.json:
         import json
@@ -167,7 +141,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _of_the_run(args: Namespace) -> dict[str, Any]:
+def of_the_run(args: Namespace) -> dict[str, Any]:
     """What `load_run` is to open, and with what."""
     names = ("device", "checkpoint", "state")
     overrides = _overrides(args)
@@ -179,33 +153,20 @@ def _of_the_run(args: Namespace) -> dict[str, Any]:
 
 
 def _overrides(args: Namespace) -> dict[str, Any]:
-    """Keys of the run's model that were given as options."""
-    overrides = parse_overrides(args.overrides)
+    """Keys of the run's profile that were given as options: those of its model, and those that this command reads."""
+    overrides, also = parse_overrides(args.overrides), KEYS_IN_USE.get(args.command, ())
     for key in overrides:
-        if not key.startswith("model."):
+        if not key.startswith(("model.", *also)):
+            other = "".join(f" or {prefix}*" for prefix in also)
             raise UsageError(
-                f"apt {args.command}: --{key} is no key of the model",
-                hint="keys of the model alone can be given here, such as --model.attention_name mha",
+                f"apt {args.command}: --{key} is no key of the model{other}",
+                hint="a run cannot be trained otherwise afterwards; give such as --model.attention_name mha",
             )
     return overrides
 
 
 def _selection(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("plugins", "no_plugin", "no_plugins", "strict")}
-
-
-def _read_prompt(text: str) -> str:
-    """The prompt as it was given, or all of standard input for "-", without the line's end that a shell adds."""
-    if text == "-":
-        try:
-            text = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"standard input: not {error.encoding} at byte {error.start}", hint="give UTF-8 text"
-            ) from error
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError("--prompt: not UTF-8", hint="give UTF-8 text")
-    return text
 
 
 def _readable(value: float) -> str:

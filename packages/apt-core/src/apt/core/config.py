@@ -54,6 +54,8 @@ class ModelConfig(OpenSection):
     """Router that wraps the FFN where `model.moe.enabled` is true."""
     align_name: str | None = None
     """Alignment that adds its loss to the cross-entropy; none if left out."""
+    voter_name: str | None = None
+    """Voter that answers the questions of `data.answers_path` beside the likeliest tokens; none if left out."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
@@ -96,6 +98,13 @@ class DataConfig(OpenSection):
     """`byte`, `char`, `bpe`, another tokenizer provider, or the path of a tokenizer.json."""
     vocab_size: PositiveInt = 4096
     """Size of the vocabulary that `bpe` learns."""
+    answers_path: str | None = None
+    """A .jsonl file with "prompt" and "answer" in each line: how many are answered exactly is measured after each
+    epoch. `model.voting.pattern` says what the answer in a text is."""
+    answers_max_tokens: PositiveInt = 128
+    """Longest text that is read as an answer, in tokens."""
+    answers_stop: str = "\n"
+    """String that ends an answer; none if empty."""
     document_mask: bool = False
     """Whether attention keeps the documents that share a block apart."""
     cache_dir: str | None = None
@@ -169,6 +178,20 @@ class HardwareConfig(Section):
     """CPU threads of torch; torch's own choice if left out."""
 
 
+class ChatConfig(Section):
+    """How `apt chat` writes what was said for the model to continue: the system text, then each turn, which is `user`,
+    the message, `end`, `assistant`, the reply, `end`."""
+
+    system: str = ""
+    """Text before the first turn."""
+    user: str = "User: "
+    """Stands before each message, and ends a reply."""
+    assistant: str = "Assistant: "
+    """Stands before each reply."""
+    end: Annotated[str, Field(min_length=1)] = "\n"
+    """Stands after each message and each reply, and so ends a reply."""
+
+
 class RunConfig(Section):
     """A whole profile."""
 
@@ -190,6 +213,7 @@ class RunConfig(Section):
     schedules: dict[str, Any] = {}
     """`enable_NAME_at_epoch`, `enable_NAME_at_step`, and values that anneal: see `apt.core.schedules`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    chat: ChatConfig = ChatConfig()
     hardware: HardwareConfig = HardwareConfig()
 
     @property

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from apt.core.errors import UsageError
 from apt.core.runs import RunFolder
+from apt.core.schedules import Schedule
 from apt.data.loader import NO_TARGET, TokenLoader
 from apt.data.prepare import prepare_data
+from apt.evaluation.answers import Exam
+from apt.inference.generator import Generator
 from apt.inference.loading import load_run
 from apt.modeling.layers.mode import evaluation_mode
 
@@ -53,9 +58,11 @@ def evaluate_run(
     checkpoint: str | int | None = None,
     state: str | None = None,
     batches: int | None = None,
+    voter: str | None = None,
+    options: Namespace | None = None,
     **plugins: Any,
 ) -> dict[str, float]:
-    """Evaluate a checkpoint of a run on the run's own held-out text.
+    """Evaluate a checkpoint of a run on the run's own held-out text, and on its questions if it has some.
 
     Args:
         run: the run's folder.
@@ -63,12 +70,28 @@ def evaluate_run(
         checkpoint: "last", "best" or a step; None for the last one.
         state: an average of the weights to measure in their place, as `load_run` takes it.
         batches: stop after so many; None measures all.
-        **plugins: `overrides`, `plugins`, `no_plugin`, `no_plugins`, `strict`, as `load_run` takes them.
+        voter: answers the questions too; the profile's if left out.
+        options: the parsed command line, for plugins that have options of their own there.
+        **plugins: `plugins`, `no_plugin`, `no_plugins`, `strict`, `overrides`, as `load_run` takes them.
+
+    Returns:
+        "step", and what `evaluate` and `Exam.take` return.
 
     Raises:
         CheckpointError, DataError, ConfigError: the run, or the text it was trained on, cannot be read.
     """
     loaded = load_run(run, device=device, checkpoint=checkpoint, state=state, **plugins)
     data = prepare_data(loaded.config, loaded.in_use, tokenizer_path=run.tokenizer)
-    metrics = evaluate(loaded.model, data.val, loaded.config.training.batch_size, loaded.device, batches)
+    config = loaded.config
+    metrics = evaluate(loaded.model, data.val, config.training.batch_size, loaded.device, batches)
+    if config.data.answers_path is not None:
+        generator = Generator(loaded, options=options)
+        name = voter or config.model.voter_name
+        schedule = Schedule(config)
+        schedule.steps_per_epoch = len(data.train)
+        last = max(loaded.step - 1, 0)  # the step whose weights these are
+        exam = Exam(config, schedule, generator.voter(name) if name is not None else None)
+        metrics |= exam.take(generator, last // schedule.steps_per_epoch, last)
+    elif voter is not None:
+        raise UsageError("a voter answers questions, and this run has none", hint="give --data.answers_path FILE.jsonl")
     return {"step": float(loaded.step), **metrics}

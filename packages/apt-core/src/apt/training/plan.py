@@ -45,13 +45,15 @@ def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tupl
 
 
 def use_side_providers(config: RunConfig, in_use: ProvidersInUse) -> None:
-    """Fill the slots beside data and model: the alignment and the trackers.
+    """Fill the slots beside data and model: the alignment, the voter and the trackers.
 
     Raises:
         ConflictError: providers in use exclude or lack each other.
     """
     if config.model.align_name:
         in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
+    if config.model.voter_name:
+        in_use.use("voter", config.model.voter_name, lambda provider: provider, optional=True)
     for name in config.training.trackers:
         in_use.use("tracker", name, lambda provider: provider, optional=True)
     in_use.check_conflicts()

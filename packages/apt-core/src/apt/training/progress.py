@@ -125,6 +125,8 @@ class Progress:
         seconds = time.monotonic() - self._epoch_started
         parts = [f"loss={self._loss:.4f}"] if self._loss is not None else []
         parts += [f"val_loss={self._evaluation['val_loss']:.4f}"] if self._evaluation else []
+        accuracies = ("accuracy", "voted_accuracy")
+        parts += [f"{name}={self._evaluation[name]:.1%}" for name in accuracies if name in self._evaluation]
         speed = f"{sum(self._speed) / len(self._speed):,.0f} tokens/s" if self._speed else ""
         self._print(f"{self._title()}: {' '.join(parts)}  {speed}  {seconds:.1f} s")
 

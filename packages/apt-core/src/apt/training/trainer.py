@@ -38,7 +38,10 @@ from apt.core.runs import RunFolder, new_run
 from apt.core.schedules import Schedule
 from apt.data.loader import Batch
 from apt.data.prepare import prepare_data
+from apt.evaluation.answers import Exam
 from apt.evaluation.evaluate import evaluate
+from apt.inference.generator import Generator
+from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
@@ -199,7 +202,7 @@ class Trainer:
             if (improved and checkpoint.keep_best) or self._is_due(checkpoint.every):
                 self._save()
         self._log()
-        self._evaluate()
+        self._evaluate(answers=True)
         self.hooks.call("on_epoch_end", epoch=self.epoch, trainer=self)
         self.epoch_closed = True
         if self.batch_index >= self.steps_per_epoch:
@@ -240,17 +243,23 @@ class Trainer:
             raise self._not_finite(", ".join(wrong))
         self._record("train", facts)
 
-    def _evaluate(self) -> bool:
-        """Measure the held-out text; returns whether it is the best so far."""
+    def _evaluate(self, *, answers: bool = False) -> bool:
+        """Measure the held-out text, and with `answers` the questions; returns whether the loss is the best so far."""
         with self._window.off_the_clock():
             training = self.config.training
             metrics = evaluate(self.model, self.data.val, training.batch_size, self.device, training.eval_batches)
+            if answers and self.exam is not None:
+                metrics |= self.exam.take(self._generator(), self.epoch, self.step - 1)
             self.metrics, self.evaluated_step = metrics, self.step
             improved = metrics["val_loss"] < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
             self.hooks.call("on_evaluation_end", metrics=MappingProxyType(metrics), trainer=self)
             self._record("eval", {**metrics, "memory": self._monitor.sample().memory})
         return improved
+
+    def _generator(self) -> Generator:
+        loaded = LoadedRun(self.config, self.model, self.tokenizer, self.device, self.hooks, self.in_use, self.step)
+        return Generator(loaded, options=self.options)
 
     def _record(self, event: str, facts: Mapping[str, float]) -> None:
         """Hand a record to whoever keeps them, with what plugins have added to `extra_metrics`."""
@@ -323,6 +332,8 @@ class Trainer:
         self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         use_side_providers(config, self.in_use)
+        voter: Any = self.providers.get(("voter", config.model.voter_name or ""))
+        self.exam = Exam(config, self.schedule, voter) if config.data.answers_path else None
         self.hooks.add_providers(self.providers)
         self.hooks.call("on_model_built", model=self.model, trainer=self)
         self.optimizer = build_optimizer(self.model, training)
