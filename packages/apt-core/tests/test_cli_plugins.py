@@ -196,9 +196,12 @@ def test_info_shows_what_is_known(run_apt: RunApt, toy: None) -> None:
     }  # fmt: skip
 
 
-def test_info_of_what_is_not_there_says_how_to_get_it(run_apt: RunApt, toy: None) -> None:
+def test_info_of_what_is_not_there_says_how_to_get_it(
+    run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run_apt("plugin-info", "router", "everywere")
     assert result == (2, "", "error: router:everywere is not installed\n  fix: did you mean 'everywhere'?\n")
+    monkeypatch.setenv("APT_DISABLE_PLUGINS", "rag")
     said = run_apt("plugin-info", "retrieval", "knn_lm").err
     assert re.search(r'fix: pip install (--upgrade )?"apt-plugin-rag"', said)
     result = run_apt("plugin-info", "ruter", "everywhere")

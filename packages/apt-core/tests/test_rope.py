@@ -88,3 +88,14 @@ def test_a_table_from_the_meta_device_is_rebuilt() -> None:
         rope.turns(None, 0, 3, torch.empty(1))
     x = draw(1)
     assert torch.equal(copy.deepcopy(rope).turns(None, 0, 3, x), RotaryEmbedding(4, 10_000.0).turns(None, 0, 3, x))
+
+
+def test_an_exported_model_turns_any_length() -> None:
+    class Turn(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return rotate(x, RotaryEmbedding(4, 100.0).turns(None, 0, x.shape[1], x))
+
+    length = torch.export.Dim("length")
+    exported = torch.export.export(Turn(), (draw(1, 3, 2, 4),), dynamic_shapes=({1: length},), strict=False).module()
+    x = draw(1, 70, 2, 4)
+    torch.testing.assert_close(exported(x), turned(x, [list(range(70))], 100.0))

@@ -278,3 +278,9 @@ def test_the_library_is_imported_only_where_it_is_used(tmp_path: Path) -> None:
 def test_hf_tokenizers_read_special_tokens_that_a_text_spells_out(small_bpe: Tokenizer) -> None:
     assert isinstance(small_bpe, HFTokenizer)
     assert small_bpe.encode(f"a{BPE_EOS}")[-1] == small_bpe.eos_id
+
+
+def test_hf_tokenizers_that_lack_a_word_say_so() -> None:
+    tokenizer = HFTokenizer(hf.Tokenizer(hf.models.WordLevel({"a": 0})))
+    with pytest.raises(DataError, match=r"cannot encode the text: .*UNK"):
+        tokenizer.encode("b")

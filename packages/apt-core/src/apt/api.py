@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apt.core.config import RunConfig
-    from apt.core.errors import AptError, AptWarning, ConfigError, FallbackWarning, ProviderError
+    from apt.core.errors import (
+        AptError,
+        AptWarning,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        FallbackWarning,
+        ProviderError,
+    )
     from apt.core.profiles import resolve
     from apt.core.registry import Provider, Registry, registry
+    from apt.core.runs import RunFolder, find_run
     from apt.core.schedules import Schedule
     from apt.evaluation.evaluate import evaluate
     from apt.hookspecs import API_VERSION, hookimpl
     from apt.inference.generator import Generator
+    from apt.inference.loading import LoadedRun, load_run
+    from apt.inference.saving import save_model, save_run
     from apt.modeling.backbones.gpt import GPT
     from apt.modeling.compose import ModelBuilder
     from apt.training.trainer import Trainer
@@ -22,21 +33,29 @@ _HOMES = {
     "API_VERSION": "apt.hookspecs",
     "AptError": "apt.core.errors",
     "AptWarning": "apt.core.errors",
+    "CheckpointError": "apt.core.errors",
     "ConfigError": "apt.core.errors",
+    "DataError": "apt.core.errors",
     "FallbackWarning": "apt.core.errors",
     "GPT": "apt.modeling.backbones.gpt",
     "Generator": "apt.inference.generator",
+    "LoadedRun": "apt.inference.loading",
     "ModelBuilder": "apt.modeling.compose",
     "Provider": "apt.core.registry",
     "ProviderError": "apt.core.errors",
     "Registry": "apt.core.registry",
     "RunConfig": "apt.core.config",
+    "RunFolder": "apt.core.runs",
     "Schedule": "apt.core.schedules",
     "Trainer": "apt.training.trainer",
     "evaluate": "apt.evaluation.evaluate",
+    "find_run": "apt.core.runs",
     "hookimpl": "apt.hookspecs",
+    "load_run": "apt.inference.loading",
     "registry": "apt.core.registry",
     "resolve": "apt.core.profiles",
+    "save_model": "apt.inference.saving",
+    "save_run": "apt.inference.saving",
 }
 
 __all__ = [
@@ -44,20 +63,28 @@ __all__ = [
     "GPT",
     "AptError",
     "AptWarning",
+    "CheckpointError",
     "ConfigError",
+    "DataError",
     "FallbackWarning",
     "Generator",
+    "LoadedRun",
     "ModelBuilder",
     "Provider",
     "ProviderError",
     "Registry",
     "RunConfig",
+    "RunFolder",
     "Schedule",
     "Trainer",
     "evaluate",
+    "find_run",
     "hookimpl",
+    "load_run",
     "registry",
     "resolve",
+    "save_model",
+    "save_run",
 ]
 
 

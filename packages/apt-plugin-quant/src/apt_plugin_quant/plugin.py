@@ -1,3 +1,53 @@
-"""What APT loads of this package: the contract it was written for. It registers no providers yet."""
+"""What APT loads of this package: the schemes, as import strings, and the commands."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from apt.hookspecs import hookimpl
+from apt_plugin_quant.export.commands import configure_export, configure_import, run_export, run_import
 
 API_VERSION = (1, 0)
+
+
+@hookimpl
+def apt_register_providers(registry: Any) -> None:
+    registry.register("quant", "int8", "apt_plugin_quant.providers:Int8Weights", version="1.0.0")
+    registry.register("quant", "int8_dynamic", "apt_plugin_quant.providers:Int8Dynamic", version="1.0.0")
+    registry.register("quant", "int4", "apt_plugin_quant.providers:Int4Weights", version="1.0.0")
+
+
+@hookimpl
+def apt_register_commands(commands: Any) -> None:
+    commands.add(
+        "quantize", "Write a run again with its weights in fewer bits", _configure_quantize, _run_quantize_command
+    )
+    commands.add(
+        "export",
+        "Write a run as safetensors, ONNX, a torch program or a Hugging Face folder",
+        configure_export,
+        run_export,
+    )
+    commands.add("import", "Make a run of a Hugging Face folder (Llama, Mixtral)", configure_import, run_import)
+
+
+def _configure_quantize(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
+    )
+    parser.add_argument(
+        "--scheme",
+        metavar="S",
+        help="int8, int8_dynamic, int4 or another one that is installed; what the run was trained for if left out",
+    )
+    parser.add_argument("--out", metavar="DIR", help="the folder to write; RUN-SCHEME if left out")
+    parser.add_argument("--group-size", metavar="G", help="int4: weights of a row that share one scale")
+    parser.add_argument("--checkpoint", metavar="C", help="best, last, or the steps behind it (last)")
+    parser.add_argument("--state", metavar="S", help="an average of the weights to take in their place, such as stable")
+
+
+def _run_quantize_command(args: Namespace) -> int:
+    from apt_plugin_quant.command import run_quantize_command
+
+    return run_quantize_command(args)

@@ -12,6 +12,7 @@ from warnings import catch_warnings, simplefilter
 
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
+from apt.core.catalogue import how_to_have
 from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
@@ -60,6 +61,8 @@ class Parser(argparse.ArgumentParser):
         if option is not None:
             name = option.partition("=")[0]
             key = _keys_of_the_profile().get(name.replace("_", "-")) if self.prog in TAKE_KEYS else None
+            if (fix := how_to_have(name)) is not None:
+                raise UsageError(f"{self.prog}: there is no option {name}", hint=fix)
             near = key or did_you_mean(name, self._option_string_actions, cutoff=HINT)
             raise self.usage_error(f"there is no option {name}", near)
         if left:
@@ -106,7 +109,7 @@ def _parse_plugin_command(command: str, rest: Sequence[str]) -> argparse.Namespa
     if command not in theirs:
         near = did_you_mean(command, [*COMMANDS, *theirs, *sorted(WORDS)], cutoff=HINT)
         hint = f"did you mean {near}? " if near else ""
-        raise UsageError(f"there is no command {command!r}", hint=hint + NEEDS_COMMAND)
+        raise UsageError(f"there is no command {command!r}", hint=how_to_have(command) or hint + NEEDS_COMMAND)
     parser = Parser(prog=f"apt {command}", description=theirs[command].help)
     theirs[command].configure(parser)
     namespace = parser.parse_all(rest)

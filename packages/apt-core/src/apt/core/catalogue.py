@@ -53,13 +53,44 @@ PROVIDERS: dict[tuple[str, str], str] = {
 }
 """(kind, name) -> the requirement that brings it."""
 
-SECTIONS: dict[str, str] = {"moe": "apt-plugin-moe", "bistate": "apt-plugin-align", "voting": "apt-core"}
+SECTIONS: dict[str, str] = {
+    "moe": "apt-plugin-moe",
+    "bistate": "apt-plugin-align",
+    "voting": "apt-core",
+    "int8": "apt-plugin-quant",
+    "int8_dynamic": "apt-plugin-quant",
+    "int4": "apt-plugin-quant",
+}
 """Section of `model` -> the package whose provider reads it."""
+
+ON_THE_COMMAND_LINE: dict[str, str] = {
+    "rag": "apt-plugin-rag",
+    "--retrieve": "apt-plugin-rag",
+    "quantize": "apt-plugin-quant",
+    "export": "apt-plugin-quant",
+    "import": "apt-plugin-quant",
+}
+"""Command or option -> the package whose plugin adds it."""
 
 
 def package_of_provider(kind: str, name: str) -> str | None:
     """The requirement to install for a first-party provider, or None if core does not know it."""
     return PROVIDERS.get((kind, name))
+
+
+def how_to_have(word: str) -> str | None:
+    """What to do to have a command or an option of a first-party plugin that is not there; None if core does not know
+    it."""
+    from importlib_metadata import PackageNotFoundError, version
+
+    requirement = ON_THE_COMMAND_LINE.get(word)
+    if requirement is None:
+        return None
+    try:
+        version(requirement)
+    except PackageNotFoundError:
+        return f'pip install "{requirement}"'
+    return f"{requirement} brings it, and its plugin is left out, has failed or is too old: see apt plugin-list"
 
 
 def how_to_install(requirement: str) -> str:

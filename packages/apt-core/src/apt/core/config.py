@@ -56,7 +56,13 @@ class ModelConfig(OpenSection):
     """Alignment that adds its loss to the cross-entropy; none if left out."""
     voter_name: str | None = None
     """Voter that answers the questions of `data.answers_path` beside the likeliest tokens; none if left out."""
+    quant_name: str | None = None
+    """Scheme in which the weights are kept, as `apt quantize` writes it; such a model is used, and not trained."""
+    qat_name: str | None = None
+    """Scheme that training prepares the weights for (quantisation-aware training); none if left out."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Added under the root of the norms; 1e-5 for layernorm and 1e-6 for rmsnorm if left out."""
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the rotary angles."""

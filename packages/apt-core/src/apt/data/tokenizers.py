@@ -109,7 +109,10 @@ class HFTokenizer:
 
     def encode(self, text: str) -> Sequence[int]:
         # "fast" leaves out the offsets, which nobody reads: a third of the time.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises plain Exception for a word that it has no token for
+            raise DataError(f"the tokenizer cannot encode the text: {error}", hint="take out what it lacks") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import choose, discover
-from apt.core.errors import CheckpointError
+from apt.core.errors import CheckpointError, ProviderError
 from apt.core.hooks import USE, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
@@ -64,6 +64,7 @@ def load_run(
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged or holds no such state, or a provider that made it
             is not here.
+        ProviderNotFoundError: the scheme that its weights are kept in is not installed.
     """
     config = resolve(run.profile, overrides).config
     lock, target = read_lock(run.lock), pick_device(device)
@@ -77,12 +78,15 @@ def load_run(
     with torch.random.fork_rng(devices=[]):
         builder = ModelBuilder(config, in_use, device=target)
         model = builder.build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    check_lock(lock, in_use.slots.values(), MODEL_KINDS)
     hooks = Hooks("stop" if strict else config.on_plugin_error)
     for plugin in found.listeners(USE):
         hooks.add(plugin.module, plugin.name)
     hooks.add_providers(in_use.providers)
     hooks.call("on_model_built", model=model, trainer=None)
+    kinds = MODEL_KINDS
+    if config.model.quant_name:
+        model, kinds = _quantised(model, config.model.quant_name, in_use), kinds | {"quant"}
+    check_lock(lock, in_use.slots.values(), kinds)
     store = CheckpointStore(run.checkpoints)
     chosen = _step(store, checkpoint)
     average: dict[str, Tensor] = {}
@@ -103,6 +107,14 @@ def load_run(
     return LoadedRun(config, model.to(target).eval(), tokenizer, target, hooks, in_use, step)
 
 
+def _quantised(model: GPT, scheme: str, in_use: ProvidersInUse) -> GPT:
+    """The model in the form that the weights of a run of that scheme fit."""
+    quantised = in_use.use("quant", scheme, lambda provider: provider.quantize(model))
+    if not isinstance(quantised, GPT):
+        raise ProviderError(f"quant:{scheme} made {type(quantised).__name__} of a GPT")
+    return quantised
+
+
 def _step(store: CheckpointStore, checkpoint: str | int | None) -> int | None:
     """The step that "last", "best" or a number means; None for the newest that is whole."""
     if checkpoint == "best":
@@ -112,6 +124,6 @@ def _step(store: CheckpointStore, checkpoint: str | int | None) -> int | None:
     if checkpoint in (None, "last"):
         return None
     try:
-        return int(str(checkpoint))
+        return int(str(checkpoint).removeprefix("step-"))
     except ValueError:
         raise CheckpointError(f"there is no checkpoint {checkpoint!r}", hint="use last, best or a step") from None

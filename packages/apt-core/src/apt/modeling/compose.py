@@ -92,7 +92,7 @@ class ModelBuilder:
 
             wrapped = self.in_use.use("router", model.router_name, wrap, optional=True)
             ffn = ffn if wrapped is None else wrapped
-        return TransformerBlock(attention, ffn, norm=model.norm, dropout=model.dropout)
+        return TransformerBlock(attention, ffn, norm=model.norm, dropout=model.dropout, norm_eps=model.norm_eps)
 
     def build_model(self, vocab_size: int | None = None) -> GPT:
         """The whole model, its weights drawn from torch's global generator.

@@ -35,7 +35,7 @@ def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tupl
             builder = ModelBuilder(config, in_use, device=pick_device(config.hardware.device), trains=True)
             with torch.device(device):
                 model = builder.build_model(vocab_size=config.model.vocab_size or 1)
-            use_side_providers(config, in_use)
+            use_side_providers(config, in_use, model)
         fallbacks = any(slot.is_fallback for slot in in_use.slots.values())
         if not (fallbacks if strict else in_use.incomplete):
             break
@@ -44,8 +44,9 @@ def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tupl
     return in_use, model, builder
 
 
-def use_side_providers(config: RunConfig, in_use: ProvidersInUse) -> None:
-    """Fill the slots beside data and model: the alignment, the voter and the trackers.
+def use_side_providers(config: RunConfig, in_use: ProvidersInUse, model: GPT) -> None:
+    """Fill the slots beside data and model: the alignment, the voter, the trackers, and the scheme that the weights are
+    trained for, which prepares the model.
 
     Raises:
         ConflictError: providers in use exclude or lack each other.
@@ -54,6 +55,8 @@ def use_side_providers(config: RunConfig, in_use: ProvidersInUse) -> None:
         in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
     if config.model.voter_name:
         in_use.use("voter", config.model.voter_name, lambda provider: provider, optional=True)
+    if config.model.qat_name:
+        in_use.use("quant", config.model.qat_name, lambda scheme: scheme.prepare(model), optional=True)
     for name in config.training.trackers:
         in_use.use("tracker", name, lambda provider: provider, optional=True)
     in_use.check_conflicts()

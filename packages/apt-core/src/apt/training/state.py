@@ -54,6 +54,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(trainer)]
     try:
         trainer.model.load_state_dict(checkpoint.model)
+        if not checkpoint.extra:
+            return  # a model that was made elsewhere: the run begins with its weights
         trainer.optimizer.load_state_dict(checkpoint.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())

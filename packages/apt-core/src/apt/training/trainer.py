@@ -93,6 +93,7 @@ class Trainer:
     ) -> None:
         self.profile = source if isinstance(source, Profile) else resolve(source, overrides)
         self.config: RunConfig = self.profile.config
+        _refuse_quantised(self.config)
         self.options = options
         self.strict = strict
         self.run = resume or (RunFolder(run_dir) if run_dir else None)
@@ -331,7 +332,7 @@ class Trainer:
             check_memory(config, self.registry, self.device, vocab_size)
         self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
-        use_side_providers(config, self.in_use)
+        use_side_providers(config, self.in_use, self.model)
         voter: Any = self.providers.get(("voter", config.model.voter_name or ""))
         self.exam = Exam(config, self.schedule, voter) if config.data.answers_path else None
         self.hooks.add_providers(self.providers)
@@ -432,3 +433,12 @@ class Trainer:
             self.logger.error("it could not be saved either: %s", failed)
             return False
         return True
+
+
+def _refuse_quantised(config: RunConfig) -> None:
+    """Raise ConfigError for a model whose weights are kept in few bits: a step would be lost in their rounding."""
+    if config.model.quant_name:
+        raise ConfigError(
+            f"model.quant_name: {config.model.quant_name}: a quantised model cannot be trained",
+            hint="go on with the run it was made from; to train weights for a scheme, set model.qat_name",
+        )

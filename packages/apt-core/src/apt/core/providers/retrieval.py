@@ -25,7 +25,8 @@ class RetrievalProvider(Provider):
 
     @abstractmethod
     def add(self, passages: Iterable[Passage]) -> None:
-        """Index passages; their scores are ignored."""
+        """Index passages; their scores are ignored. Those of a source that was indexed before take the place of what
+        was there."""
 
     @abstractmethod
     def retrieve(self, query: str, k: int = 5) -> Sequence[Passage]:

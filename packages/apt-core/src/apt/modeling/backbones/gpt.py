@@ -41,15 +41,24 @@ class TransformerBlock(Part):
         ffn: a layer as `FFNProvider` describes it, which drops its own outputs.
         norm: "layernorm" or "rmsnorm".
         dropout: probability of dropping an output of the attention in training.
+        norm_eps: see `make_norm`.
     """
 
-    def __init__(self, attention: nn.Module, ffn: nn.Module, *, norm: str = "layernorm", dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        ffn: nn.Module,
+        *,
+        norm: str = "layernorm",
+        dropout: float = 0.0,
+        norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         d_model: int = attention.d_model  # type: ignore[assignment]
-        self.norm1 = make_norm(norm, d_model)
+        self.norm1 = make_norm(norm, d_model, norm_eps)
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
-        self.norm2 = make_norm(norm, d_model)
+        self.norm2 = make_norm(norm, d_model, norm_eps)
         self.ffn = ffn
         parameters = inspect.signature(attention.forward).parameters
         self.takes_context = "context" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -120,7 +129,7 @@ class GPT(Part):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = make_norm(config.norm, config.d_model)
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
         # A tied projection is the embedding itself and no second name for it: a state dict holds each tensor once.
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         for module in (self.token_embedding, self.position_embedding, self.head):
@@ -205,7 +214,8 @@ class GPT(Part):
         last = start + count - 1
         if positions is not None and positions.is_cpu and not torch.compiler.is_compiling():
             last = int(positions.max())  # elsewhere it would wait for the device, and the embedding refuses by itself
-        if last >= self.max_seq_len:
+        # Whoever exports the model says how long a text may be; to ask here would fix the length.
+        if not torch.compiler.is_exporting() and last >= self.max_seq_len:
             raise ConfigError(
                 f"position {last} lies beyond the {self.max_seq_len} that this model has learned",
                 hint="shorten the text, or train with a larger model.max_seq_len or with model.positions: rope",

@@ -13,12 +13,16 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def make_norm(kind: str, d_model: int) -> nn.Module:
-    """The norm of a profile's `model.norm`: "layernorm" (no bias) or "rmsnorm", with a gain [d_model]."""
+def make_norm(kind: str, d_model: int, eps: float | None = None) -> nn.Module:
+    """The norm of a profile's `model.norm`: "layernorm" (no bias) or "rmsnorm", with a gain [d_model].
+
+    Args:
+        eps: added under the root; the kind's usual one if left out: 1e-5 and 1e-6.
+    """
     if kind == "rmsnorm":
-        return nn.RMSNorm(d_model, eps=EPS)
+        return nn.RMSNorm(d_model, eps=EPS if eps is None else eps)
     assert kind == "layernorm", kind
-    return nn.LayerNorm(d_model, bias=False)
+    return nn.LayerNorm(d_model, eps=1e-5 if eps is None else eps, bias=False)
 
 
 __all__ = ["EPS", "make_norm", "rms_norm"]

@@ -37,6 +37,9 @@ class RotaryEmbedding:
             (cos, sin) as [T, d/2, 2] or [B, T, d/2, 2], on the device of `like`; float64 if `like` is, else float32.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
+        if positions is None and torch.compiler.is_exporting():
+            # How long a table must be is not known there.
+            positions = torch.arange(start, stop, device=like.device)
         if positions is None:
             return self._table(stop, like.device, dtype)[start:stop]
         if positions.is_cpu and not torch.compiler.is_compiling():
