@@ -88,7 +88,7 @@ def main() -> int:
         site.mkdir()
         install(site, args.distributions, args.plugins)
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        env |= {"PYTHONPATH": source, "PYTHONPYCACHEPREFIX": str(compiled)}
+        env |= {"PYTHONPATH": source, "PYTHONPYCACHEPREFIX": str(compiled), "APT_CACHE_DIR": str(Path(folder, "cache"))}
         many = env | {"PYTHONPATH": os.pathsep.join([source, str(site)])}
         program = [sys.executable, "-m", "apt"]
         rows = [

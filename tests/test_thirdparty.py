@@ -41,7 +41,11 @@ def test_its_parts_train_generate_and_are_missed_when_they_are_gone(apt: Apt, to
     run = small.parent / "runs/small-1"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(record["toy_zloss"] > 0 for record in records if record["event"] == "train")
-    lock = {slot["kind"]: slot for slot in json.loads((run / "plugins.lock.json").read_text())["slots"]}
+    whole = json.loads((run / "plugins.lock.json").read_text())
+    owners = {plugin["name"]: plugin for plugin in whole["plugins"]}
+    assert (owners["toy"]["distribution"], owners["toy"]["version"]) == ("apt-toy", "0.1.0")
+    assert len(owners["toy"]["sha256"]) == 64, "what pip writes down gives it"
+    lock = {slot["kind"]: slot for slot in whole["slots"]}
     assert lock["attention"]["config"] == {"eps": 1e-05}
     assert lock["attention"]["distribution_version"] == "0.1.0"
 

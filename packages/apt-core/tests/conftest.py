@@ -13,6 +13,16 @@ import pytest
 from fixture_types import MakeDistribution, Result, RunApt
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this process's own, so that tests neither see nor leave anything in the user's; and time for plugins
+    that import torch, however busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("APT_IMPORT_SECONDS", "120")
+        yield
+
+
 @pytest.fixture
 def run_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunApt:
     """Call the command line in this process, in an empty folder, with no plugins chosen by the environment:

@@ -16,6 +16,7 @@ from apt.core.catalogue import PROVIDERS
 from apt.core.config import RunConfig
 from apt.core.errors import ConfigError
 from apt.core.profiles import list_profiles
+from apt.core.requirements import missing_requirements
 
 # profile
 
@@ -125,8 +126,8 @@ def test_doctor_names_what_would_fall_back_and_why(
 
 
 def test_requirements_that_are_none_are_told() -> None:
-    assert doctor.missing_requirements(["not a requirement!"]) == [
-        "'not a requirement!' is no requirement that pip understands"
+    assert missing_requirements(["not a requirement!"]) == [
+        ("not a requirement!", "'not a requirement!' is no requirement that pip understands")
     ]
 
 

@@ -99,13 +99,17 @@ def test_list_as_json(run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("APT_PLUGINS", "toy")  # another router may be installed here
     listing = json.loads(run_apt("plugin-list", "--json").out)
     plugin = next(plugin for plugin in listing["plugins"] if plugin["name"] == "toy")
+    import_ms = plugin["import_ms"]
+    assert 0 < import_ms < 10_000
     assert plugin == {
         "name": "toy", "status": "ok", "reason": None, "fix": None,
-        "distribution": "apt-toy", "version": "0.9", "source": "installed",
+        "distribution": "apt-toy", "version": "0.9", "source": "installed", "import_ms": import_ms,
+        "hooks": ["apt_register_commands", "apt_register_providers"], "providers": ["router:everywhere"],
     }  # fmt: skip
     expected = {
-        "name": "everywhere", "version": "0.3", "default": False,
-        "plugin": "toy", "distribution": "apt-toy", "contested": False,
+        "kind": "router", "name": "everywhere", "version": "0.3", "default": False,
+        "plugin": "toy", "distribution": "apt-toy", "source": "installed", "status": "ok", "import_ms": import_ms,
+        "contested": False,
     }  # fmt: skip
     assert listing["providers"]["router"] == [expected]
     assert [p["name"] for p in listing["providers"]["attention"] if p["default"]] == ["tva_default"]

@@ -64,6 +64,23 @@ def test_what_is_not_selected_is_disabled_and_the_builtin_never_is() -> None:
         plugins = found()
         select(plugins, selection)
         assert [entry.status for entry in plugins] == expected, selection
+        assert all(bool(entry.reason) == bool(entry.fix) == (entry.status != "ok") for entry in plugins)
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason", "fix"),
+    [
+        ({"no_plugins": True}, "left out by --no-plugins", "leave --no-plugins out"),
+        ({"plugins": ["one"]}, "not among --plugins", "add it to --plugins"),
+        ({"environ": {"APT_PLUGINS": "one"}}, "not among APT_PLUGINS", "add it to APT_PLUGINS"),
+        ({"profile": []}, "not among the profile's plugins", "add it to the profile's plugins"),
+        ({"no_plugin": ["moe"]}, "left out by --no-plugin or APT_DISABLE_PLUGINS", "take its name out of there"),
+    ],
+)
+def test_what_is_disabled_says_by_what_and_how_to_change_that(choice: dict[str, Any], reason: str, fix: str) -> None:
+    plugins = found()
+    select(plugins, choose(**{"environ": {}, **choice}))
+    assert (plugins[2].status, plugins[2].reason, plugins[2].fix) == ("disabled", reason, fix)
 
 
 def test_a_name_of_the_catalogue_that_is_absent_warns_and_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +144,8 @@ def test_an_installed_plugin_is_found_described_and_loaded(make_distribution: Ma
     claim = plugins.registry.find("ffn", "good_ffn")
     assert (claim.plugin, claim.distribution, claim.distribution_version) == ("good", "apt-good", "2.5")
     assert plugins.registry.default_of("attention") == "tva_default"
-    assert [entry.name for entry in plugins.loaded][:1] == [BUILTIN]
+    assert [entry.name for entry in plugins.found if entry.loaded] == [BUILTIN, "good"]
+    assert "good_plugin" not in sys.modules, "nor does loading, where nothing calls on it"
 
 
 def test_what_is_not_selected_is_not_imported(make_distribution: MakeDistribution) -> None:
@@ -180,6 +198,14 @@ def test_a_plugin_that_fails_to_load_disables_itself_alone(make_distribution: Ma
         discover(Selection(), strict=True)
 
 
+def test_an_entry_point_that_names_an_object_says_so_and_imports_nothing(make_distribution: MakeDistribution) -> None:
+    make_distribution("apt-odd", plugins={"odd": "odd_plugin:plugin"}, modules={"odd_plugin": "raise SystemExit(1)"})
+    entry = plugin(find_plugins(), "odd")
+    assert entry.status == "import-error"
+    assert entry.reason == "its entry point names 'odd_plugin:plugin', and a plugin is a module"
+    assert entry.fix == 'its authors write: odd = "odd_plugin"'
+
+
 def test_two_plugins_of_one_name_are_both_shown_and_neither_is_loaded(make_distribution: MakeDistribution) -> None:
     for letter in "ab":
         modules = {f"plugin_{letter}": good("x")}
@@ -193,8 +219,13 @@ def test_two_plugins_that_claim_one_provider_are_both_shown(make_distribution: M
     for letter in "ab":
         source = good("same").replace("nowhere:Thing", f"nowhere:{letter}")
         make_distribution(f"apt-{letter}", plugins={letter: f"plugin_{letter}"}, modules={f"plugin_{letter}": source})
-    registry = discover(Selection()).registry
+    plugins = discover(Selection())
+    registry = plugins.registry
     assert [claim.plugin for claim in registry.claims() if claim.name == "same_ffn"] == ["a", "b"]
+    for name, other in (("a", "b"), ("b", "a")):
+        entry = plugin(plugins.found, name)
+        assert (entry.status, entry.loaded, entry.fix) == ("conflict", True, f"--no-plugin {name}")
+        assert entry.reason == f"ffn:same_ffn is claimed by plugin {other!r} (apt-{other}) too, so nobody gets it"
     with pytest.raises(ConflictError, match="--no-plugin b"):
         registry.get("ffn", "same_ffn")
 

@@ -132,7 +132,9 @@ def observer(spec: F) -> F:
 @hookspec
 def apt_register_providers(registry: Registry) -> None:
     """Register providers, as import strings so that listing them imports nothing:
-    `registry.register("router", "topk_moe", "apt_plugin_moe.router:MoERouter", version="1.0.0")`."""
+    `registry.register("router", "topk_moe", "apt_plugin_moe.router:MoERouter", version="1.0.0")`.
+
+    What is registered is found out once, in a process of its own, and remembered: let it not depend on the machine."""
 
 
 @hookspec

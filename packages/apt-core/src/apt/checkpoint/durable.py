@@ -59,7 +59,8 @@ def replace(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise cannot_write(error, path, len(data)) from error
 
 

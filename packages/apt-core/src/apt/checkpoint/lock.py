@@ -1,4 +1,7 @@
-"""A run's `plugins.lock.json`: which providers it was built with, and whether it may go on with others."""
+"""`plugins.lock.json`: which providers and plugins a run was built with, and whether it may go on with others.
+
+`apt plugin-lock` writes such a file for a profile, before there is a run; `apt train --frozen` holds a run to one.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,31 @@ import warnings
 from collections.abc import Container, Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from apt.checkpoint.durable import replace
-from apt.core.errors import AptWarning, CheckpointError
+from apt.core.errors import AptWarning, CheckpointError, PluginError
 from apt.core.in_use import Slot
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from apt.core.discovery import Plugin
 
 LOCK_FILE = "plugins.lock.json"
 FORMAT = 1
+
+PLUGIN_KEYS = {"name", "distribution", "version", "sha256"}
+SLOT_KEYS = {
+    "kind",
+    "requested",
+    "name",
+    "version",
+    "distribution",
+    "distribution_version",
+    "weights_layout",
+    "weights",
+}
 
 ONLOOKERS = frozenset({"tracker"})
 """Kinds that only look: a run goes on as before without them, or with others."""
@@ -27,9 +45,14 @@ MODEL_KINDS = frozenset({"attention", "ffn", "router"})
 
 
 def write_lock(
-    path: Path, slots: Iterable[Slot], model: nn.Module, modules: Mapping[tuple[str, str], Iterable[str]] | None = None
+    path: Path,
+    slots: Iterable[Slot],
+    model: nn.Module,
+    modules: Mapping[tuple[str, str], Iterable[str]] | None = None,
+    plugins: Iterable[Plugin] = (),
+    absent: Iterable[Mapping[str, Any]] = (),
 ) -> None:
-    """Record the providers in effect.
+    """Record the providers in effect, and the plugins in use.
 
     Args:
         path: the file to write.
@@ -37,6 +60,8 @@ def write_lock(
         model: whose state_dict the weights' keys and shapes are taken from.
         modules: {(kind, name of the provider in effect): qualified names of the modules it built}; a slot that is not
             in it has no weights.
+        plugins: those that the run calls on.
+        absent: what an earlier lock recorded of plugins that are not here and whose state is carried along.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -44,7 +69,8 @@ def write_lock(
     shapes = {key: list(value.shape) for key, value in model.state_dict().items() if hasattr(value, "shape")}
     built = modules or {}
     records = [_record(slot, _under(shapes, built.get((slot.kind, slot.name or ""), ()))) for slot in slots]
-    text = json.dumps({"format": FORMAT, "slots": records}, indent=2, default=str)
+    owners = [*(_plugin_record(plugin) for plugin in plugins), *absent]
+    text = json.dumps({"format": FORMAT, "slots": records, "plugins": owners}, indent=2, default=str)
     replace(path, text.encode() + b"\n")
 
 
@@ -56,16 +82,23 @@ def read_lock(path: Path) -> dict[str, Any]:
     """
     try:
         lock = json.loads(path.read_bytes())
-        known = lock["format"] == FORMAT and isinstance(lock["slots"], list)
+        lock.setdefault("plugins", [])  # the first locks had none
+        known = lock["format"] == FORMAT
+        whole = not known or (
+            all(record.keys() >= SLOT_KEYS for record in lock["slots"])
+            and all(record.keys() >= PLUGIN_KEYS for record in lock["plugins"])
+        )
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="restore it from a copy") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged", hint="restore it from a copy") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path) from error
     if not known:
         raise CheckpointError(
             f"{path} is of format {lock['format']}, and this version of APT reads {FORMAT}",
             hint="use the version of APT that wrote it",
         )
+    if not whole:
+        raise _damaged(path)
     return dict(lock)
 
 
@@ -124,6 +157,100 @@ def check_lock(old: Mapping[str, Any], slots: Iterable[Slot], kinds: Container[s
     return notes
 
 
+def requirements_of(lock: Mapping[str, Any]) -> dict[tuple[str, str], str | None]:
+    """{(kind, name): requirement} of the providers that a run cannot do without, such as "apt-plugin-moe==2.0.0"; None
+    for one that no distribution brought."""
+    needed = (record for record in lock["slots"] if record["name"] and record["kind"] not in ONLOOKERS)
+    return {
+        (record["kind"], record["name"]): _requirement(record["distribution"], record["distribution_version"])
+        for record in needed
+    }
+
+
+def requirement_of_listener(lock: Mapping[str, Any], name: str) -> str | None:
+    """The requirement that brings what listened to the run as `name`: a plugin, or a provider as "kind.name"."""
+    found = [_requirement(r["distribution"], r["version"]) for r in lock["plugins"] if r["name"] == name]
+    slots = [record for record in lock["slots"] if f"{record['kind']}.{record['name']}" == name]
+    found += [_requirement(record["distribution"], record["distribution_version"]) for record in slots]
+    return next(filter(None, found), None)
+
+
+def check_frozen(
+    lock: Mapping[str, Any], path: Path, found: Iterable[Plugin], used: Iterable[Plugin], slots: Iterable[Slot]
+) -> None:
+    """Refuse what a lock does not hold.
+
+    Args:
+        lock: what `read_lock` returned.
+        path: of the lock, for messages.
+        found: the plugins that are installed, whatever became of them.
+        used: those that the run would call on.
+        slots: the providers that it would use.
+
+    Raises:
+        PluginError: a plugin, its version or its files are not those that the lock holds, or one that it holds is not
+            here; or a provider is in effect that it does not hold. One line for each.
+    """
+    held = {record["name"]: record for record in lock["plugins"]}
+    here = {plugin.name: plugin for plugin in found}
+    problems: list[str] = []
+    wanted: list[str] = []
+    force = ""
+    for name, record in held.items():
+        plugin = here.get(name)
+        if plugin is None or not plugin.loaded:
+            state = "is not installed" if plugin is None else f"cannot be used: {plugin.status}: {plugin.reason}"
+            problems.append(f"{_plugin_title(record)}, which {path} holds, {state}")
+            wanted.append(name)
+    for plugin in used:
+        record, now = held.get(plugin.name), _plugin_record(plugin)
+        if record is None:
+            problems.append(f"{_plugin_title(now)} is not in {path}")
+            continue
+        if (record["distribution"], record["version"]) != (plugin.distribution, plugin.version):
+            problems.append(f"{_plugin_title(now)} is here, and {path} holds {_plugin_title(record)}")
+        elif record["sha256"] != now["sha256"]:
+            ours, theirs = (str(r["sha256"])[:12] for r in (now, record))
+            problems.append(f"{_plugin_title(now)} has files with SHA-256 {ours}..., and {path} holds {theirs}...")
+            force = "--force-reinstall --no-deps "  # pip leaves a version that is installed as it is
+        else:
+            continue
+        wanted.append(plugin.name)
+    known = {(record["kind"], record["name"], record["version"]) for record in lock["slots"]}
+    for slot in slots:
+        if (slot.kind, slot.name, slot.version) not in known:
+            title = _title(_record(slot, {})) if slot.name else f"no {slot.kind}"
+            problems.append(f"{title} is in effect, and {path} does not hold that")
+    if problems:
+        requirements = [_requirement(held[name]["distribution"], held[name]["version"]) for name in wanted]
+        install = " ".join(f'"{requirement}"' for requirement in requirements if requirement)
+        hint = f"pip install {force}{install}, or " if install else ""
+        raise PluginError("\n".join(problems), hint=f"{hint}write the lock anew: apt plugin-lock -p P")
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged", hint="restore it from a copy")
+
+
+def _plugin_record(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "sha256": plugin.sha256(),
+    }
+
+
+def _plugin_title(record: Mapping[str, Any]) -> str:
+    """A plugin in words: "plugin 'moe' (apt-plugin-moe 2.0.0)"."""
+    source = " ".join(filter(None, (record["distribution"], record["version"])))
+    return f"plugin {record['name']!r}" + (f" ({source})" if source else "")
+
+
+def _requirement(distribution: str | None, version: str | None) -> str | None:
+    return f"{distribution}=={version}" if distribution and version else None
+
+
 def _record(slot: Slot, weights: dict[str, list[int]]) -> dict[str, Any]:
     claim = slot.registration
     return {
@@ -155,8 +282,8 @@ def _refusal(kind: str, was: dict[str, Any] | None, new: dict[str, Any] | None) 
             f"this run was built without a provider of kind {kind}, and now {now}",
             hint="leave it out (--no-plugin), or start a new run",
         )
-    distribution, version = was["distribution"], was["distribution_version"]
-    install = f': pip install "{distribution}=={version}"' if distribution and version else ""
+    requirement = _requirement(was["distribution"], was["distribution_version"])
+    install = f': pip install "{requirement}"' if requirement else ""
     layout = f", or one with weights_layout {was['weights_layout']!r}" if was["weights_layout"] else ""
     return CheckpointError(
         f"this run was built with {_title(was)}, and now {now}",

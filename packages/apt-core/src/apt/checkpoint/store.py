@@ -15,11 +15,9 @@ is found under that name if the run dies just then. At whatever moment a run die
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,13 +33,18 @@ from torch import Tensor
 from apt.checkpoint.averages import averages
 from apt.checkpoint.codec import decode, encode, portable
 from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
+from apt.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    STRUCTURE,
+    TENSORS,
+    folders_of,
+    read_manifest,
+    seal,
+    verify,
+)  # fmt: skip
 from apt.core.errors import AptWarning, CheckpointError
-
-FORMAT = 1
-MODEL = "model.safetensors"
-TENSORS = "state.safetensors"
-STRUCTURE = "state.json"
-MANIFEST = "manifest.json"
 
 T = TypeVar("T")
 
@@ -111,7 +114,7 @@ class CheckpointStore:
                 write(temporary / MANIFEST, _manifest(checkpoint, temporary))
                 sync(temporary)
                 try:
-                    _verify(temporary, checkpoint.step)
+                    verify(temporary, checkpoint.step)
                 except CheckpointError as error:
                     raise CheckpointError(f"{final} was not saved: {error.message}", hint="check the disk") from error
                 if final.exists():
@@ -134,7 +137,7 @@ class CheckpointStore:
         losses = {}
         for step, folder in sorted(self._folders().items()):
             try:
-                loss = decode(_read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan)
+                loss = decode(read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan)
             except CheckpointError:
                 continue
             if math.isfinite(loss):
@@ -203,21 +206,7 @@ class CheckpointStore:
         )
 
     def _folders(self) -> dict[int, Path]:
-        """{step: folder} of the complete checkpoints: those under their final name, else those that stepped aside."""
-        found: dict[int, Path] = {}
-        try:
-            # "step-1" sorts before "step-1.old", and so takes its place.
-            for path in sorted(self.folder.iterdir()):
-                match = re.fullmatch(r"step-(\d+)(\.old)?", path.name)
-                if match and path.is_dir():
-                    found.setdefault(int(match[1]), path)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be read: {error.strerror}", hint="name the folder of a run"
-            ) from error
-        return found
+        return folders_of(self.folder)
 
     def _tidy(self) -> None:
         """Clear away what a run that died has left."""
@@ -257,7 +246,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _manifest(checkpoint: Checkpoint, folder: Path) -> bytes:
-    return _seal(
+    return seal(
         {
             "format": FORMAT,
             "step": checkpoint.step,
@@ -273,63 +262,8 @@ def _manifest(checkpoint: Checkpoint, folder: Path) -> bytes:
     )
 
 
-def _seal(content: dict[str, Any]) -> bytes:
-    """`content` as JSON with a hash of itself: the one way to write it, so that any other byte shows."""
-    body = json.dumps(content, indent=1, allow_nan=False)
-    return json.dumps({**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1).encode()
-
-
-def _read_manifest(folder: Path, step: int) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-        del content["sha256"]
-        whole = _seal(content) == data
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
-    except (ValueError, TypeError, KeyError, RecursionError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path} is damaged", hint="load another step")
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content['format']}, and this version of APT reads {FORMAT}",
-            hint="use the version that wrote it",
-        )
-    if content["step"] != step:
-        raise CheckpointError(f"{path} belongs to step {content['step']}", hint="give its folder back its own name")
-    return dict(content)
-
-
-def _verify(folder: Path, step: int, *, only: str | None = None) -> dict[str, Any]:
-    """The manifest, if every file is as it says, or `only` the one named. Raises CheckpointError if not."""
-    manifest = _read_manifest(folder, step)
-    for name, known in manifest["files"].items():
-        if only not in (None, name):
-            continue
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            same = size == known["bytes"] and sha256(path) == known["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
-        if size != known["bytes"]:
-            raise CheckpointError(
-                f"{path} is damaged: {size:,} bytes instead of {known['bytes']:,}", hint="load another step"
-            )
-        if not same:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's", hint="load another step")
-    strangers = {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}
-    if strangers:
-        warnings.warn(
-            f"{folder} also holds {', '.join(sorted(strangers))}, which is passed over", AptWarning, stacklevel=5
-        )
-    return manifest
-
-
 def _load(folder: Path, step: int) -> Checkpoint:
-    manifest = _verify(folder, step)
+    manifest = verify(folder, step)
     tensors = _read_tensors(folder / TENSORS)
     states = json.loads((folder / STRUCTURE).read_bytes())
     return Checkpoint(
@@ -344,7 +278,7 @@ def _load(folder: Path, step: int) -> Checkpoint:
 
 
 def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
-    _verify(folder, step, only=MODEL)
+    verify(folder, step, only=MODEL)
     return step, _read_tensors(folder / MODEL)
 
 

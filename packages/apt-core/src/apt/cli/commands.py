@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from apt.core.discovery import Plugin, Plugins
     from apt.core.registry import Registration, Registry
 
+SLOW_MS = 200
+"""An import that takes so long is shown: a plugin module that registers import strings takes a few milliseconds."""
+
 
 def load_profile(profile_path: str | Path) -> dict[str, Any]:
     """A profile as plain data, what it extends merged in, without defaults.
@@ -34,7 +37,7 @@ def run_plugin_list_command(args: Namespace) -> int:
 
     if args.kind is not None:
         _check_kind(args.kind)
-    plugins = look_at_plugins()
+    plugins = look_at_plugins(refresh=getattr(args, "refresh", False))
     if getattr(args, "json", False):
         _print_json(_listing(plugins, args.kind))
         return 0
@@ -92,13 +95,17 @@ def run_profile_schema_command(args: Namespace) -> int:
     return 0
 
 
-def look_at_plugins() -> Plugins:
-    """Every plugin that is installed, loaded if it is selected; those that fail have their status and raise nothing."""
+def look_at_plugins(*, refresh: bool = False) -> Plugins:
+    """Every plugin that is installed, loaded if it is selected; those that fail have their status and raise nothing.
+
+    Args:
+        refresh: look into each again, whatever is known of it.
+    """
     from apt.core.discovery import choose, find_plugins, load, select
 
     found = find_plugins()
     select(found, choose())
-    plugins = load(found)
+    plugins = load(found, refresh=refresh)
     plugins.registry = plugins.registry_of_a_run()
     return plugins
 
@@ -114,18 +121,23 @@ def plugin_lines(plugins: Plugins) -> list[str]:
             p.status,
             _package(p),
             "" if p.source == "installed" else p.source,
-            "" if p.name in rich else "no providers",
+            "  ".join(_remarks(p, p.name in rich)),
         )
         for p in plugins.found
     ]
     lines = []
     for plugin, row, line in zip(plugins.found, rows, columns([row[:4] for row in rows]), strict=True):
-        lines.append(f"{line}  {row[4]}".rstrip() if plugin.status == "ok" else line)
+        lines.append(f"{line}  {row[4]}".rstrip() if plugin.loaded else line)
         if plugin.reason:
             lines.append(f"    {plugin.reason}")
         if plugin.fix:
             lines.append(f"    fix: {plugin.fix}")
     return lines
+
+
+def _remarks(plugin: Plugin, has_providers: bool) -> list[str]:
+    slow = plugin.import_ms is not None and plugin.import_ms >= SLOW_MS
+    return ([] if has_providers else ["no providers"]) + ([f"{plugin.import_ms:,.0f} ms to import"] if slow else [])
 
 
 def _provider_lines(registry: Registry, kind: str | None) -> list[str]:
@@ -147,25 +159,36 @@ def _provider_lines(registry: Registry, kind: str | None) -> list[str]:
 
 def _listing(plugins: Plugins, kind: str | None) -> dict[str, Any]:
     """What `plugin-list --json` prints."""
-    registry = plugins.registry
-    providers: dict[str, list[dict[str, Any]]] = {}
+    registry, by_name = plugins.registry, {plugin.name: plugin for plugin in plugins.found}
+    providers: dict[str, list[dict[str, Any]]] = {kind: []} if kind else {}
+    brought: dict[str, list[str]] = {}
     for claim in registry.claims():
+        brought.setdefault(claim.plugin, []).append(claim.slot)
         if kind in (None, claim.kind):
+            plugin, contested = by_name.get(claim.plugin), _is_contested(claim, registry)
             providers.setdefault(claim.kind, []).append(
                 {
+                    "kind": claim.kind,
                     "name": claim.name,
                     "version": _version(claim),
                     "default": registry.default_of(claim.kind) == claim.name,
                     "plugin": claim.plugin,
                     "distribution": claim.distribution,
-                    "contested": _is_contested(claim, registry),
+                    "source": plugin.source if plugin else "script",
+                    "status": "conflict" if contested else "ok",
+                    "import_ms": plugin.import_ms if plugin else None,
+                    "contested": contested,
                 }
             )
     if kind is not None:
-        return {"providers": {kind: providers.get(kind, [])}}
-    fields = ("name", "status", "reason", "fix", "distribution", "version", "source")
+        return {"providers": providers}
+    fields = ("name", "status", "reason", "fix", "distribution", "version", "source", "import_ms")
     return {
-        "plugins": [{field: getattr(plugin, field) for field in fields} for plugin in plugins.found],
+        "plugins": [
+            {field: getattr(plugin, field) for field in fields}
+            | {"hooks": list(plugin.hooks), "providers": brought.get(plugin.name, []) if plugin.loaded else []}
+            for plugin in plugins.found
+        ],
         "providers": providers,
     }
 

@@ -14,6 +14,7 @@ from apt.cli.system_apt import find_system_apt
 from apt.core.catalogue import DEFAULTS, PROVIDERS, how_to_install
 from apt.core.errors import AptError, AptWarning
 from apt.core.registry import Registry
+from apt.core.requirements import missing_requirements
 
 LIBRARIES = (
     "torch", "numpy", "pluggy", "pydantic", "ruamel.yaml", "rich", "safetensors", "tokenizers", "psutil",
@@ -47,30 +48,6 @@ def run_doctor_command(args: Namespace) -> int:
 def is_system_python() -> bool:
     """Whether this is the Python that the system's own tools run on, and not an environment of it."""
     return sys.prefix == sys.base_prefix == "/usr"
-
-
-def missing_requirements(requirements: Sequence[str]) -> list[str]:
-    """What is wrong with each requirement that is not met, such as "flash-attn>=2.5 is not installed"."""
-    from importlib_metadata import PackageNotFoundError, version
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    problems = []
-    for text in requirements:
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement:
-            problems.append(f"{text!r} is no requirement that pip understands")
-            continue
-        if wanted.marker is not None and not wanted.marker.evaluate():
-            continue
-        try:
-            found = version(wanted.name)
-        except PackageNotFoundError:
-            problems.append(f"{text} is not installed")
-            continue
-        if not wanted.specifier.contains(found, prereleases=True):
-            problems.append(f"{text} is not met by the installed {found}")
-    return problems
 
 
 def _system() -> list[tuple[str, str]]:
@@ -141,7 +118,7 @@ def _problem(registry: Registry, kind: str, name: str) -> tuple[str | None, str 
         info = registry.get_info(kind, name)
     except AptError as error:
         return error.message, error.hint
-    missing = missing_requirements(info["dependencies"])
+    missing = [said for _, said in missing_requirements(info["dependencies"])]
     wanted = " ".join(f'"{requirement}"' for requirement in info["dependencies"])
     return ("; ".join(missing), f"pip install {wanted}") if missing else (None, None)
 

@@ -13,6 +13,8 @@ COMMANDS = {
     "profile": "list the profiles that ship, show one in full, print the JSON Schema",
     "plugin-list": "list the plugins and providers that are installed",
     "plugin-info": "show what is known of one provider",
+    "plugin-lock": "write down the plugins that a profile uses, for apt train --frozen",
+    "inspect": "show what a run is made of and what it has saved, without its plugins",
     "doctor": "show hardware and versions, and what would fall back and why",
 }
 """Core's own commands, and a line about each."""

@@ -17,7 +17,7 @@ from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
 
-TAKE_KEYS = ("apt train", "apt profile")
+TAKE_KEYS = ("apt train", "apt profile", "apt plugin-lock")
 """The commands that take keys of the profile as options."""
 
 MODEL_KEYS = (
@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return _parse_plugin_command(command, rest)
     parser = Parser(prog=f"apt {command}", description=_sentence(COMMANDS[command]))
     overrides: dict[str, str] = {}
-    if command in TAKE_OPTIONS or (command == "profile" and rest[:1] == ["show"]):
+    if command in (*TAKE_OPTIONS, "plugin-lock") or (command == "profile" and rest[:1] == ["show"]):
         rest, overrides = split_overrides(rest)
     _CONFIGURE[command](parser)
     if command in TAKE_OPTIONS:
@@ -163,6 +163,14 @@ def _train(parser: Parser) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="the run's folder; a new one under output_dir if left out")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or with the newest run (of the profile P)"
+    )
+    parser.add_argument(
+        "--frozen",
+        nargs="?",
+        const="",
+        metavar="LOCK",
+        help="refuse every plugin, version and file that LOCK does not hold; left out, it is the profile's own lock "
+        "(apt plugin-lock), or that of the run that is resumed",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     _add_selection(parser)
@@ -268,6 +276,7 @@ def _profile(parser: Parser) -> None:
 def _plugin_list(parser: Parser) -> None:
     parser.add_argument("--kind", metavar="K", help="the providers of this kind alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--refresh", action="store_true", help="look into every plugin again, whatever is remembered")
     parser.set_defaults(run_command="apt.cli.commands:run_plugin_list_command")
 
 
@@ -275,6 +284,31 @@ def _plugin_info(parser: Parser) -> None:
     parser.add_argument("kind", metavar="KIND", help="a provider's kind, such as attention")
     parser.add_argument("name", metavar="NAME", help="its name, such as tva_default")
     parser.set_defaults(run_command="apt.cli.commands:run_plugin_info_command")
+
+
+def _plugin_lock(parser: Parser) -> None:
+    parser.add_argument(
+        "-p", "--profile", required=True, metavar="P", help="a profile's path, or the name of one that ships"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write it; P.lock.json beside the profile, or here for one that ships, if left out",
+    )
+    _add_selection(parser)
+    parser.epilog = "Keys of the profile may be changed as for apt train: --model.attention_name mha."
+    parser.set_defaults(run_command="apt.cli.lock_commands:run_plugin_lock_command")
+
+
+def _inspect(parser: Parser) -> None:
+    parser.add_argument(
+        "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
+    )
+    parser.add_argument(
+        "--checkpoint", type=_checkpoint, metavar="C", help="whose tensors to list: best, last, or the steps behind it"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run_command="apt.cli.inspect:run_inspect_command")
 
 
 def _doctor(parser: Parser) -> None:
@@ -289,6 +323,8 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "profile": _profile,
     "plugin-list": _plugin_list,
     "plugin-info": _plugin_info,
+    "plugin-lock": _plugin_lock,
+    "inspect": _inspect,
     "doctor": _doctor,
 }
 

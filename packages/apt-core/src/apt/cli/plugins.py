@@ -50,7 +50,7 @@ class PluginCommand:
             raise
         except Exception as error:
             failure = PluginError(
-                f"{_label(self.plugin)}: its command {self.name!r} failed: {type(error).__name__}: {error}",
+                f"{self.plugin.label}: its command {self.name!r} failed: {type(error).__name__}: {error}",
                 hint="run it again with --debug, and report what it shows to the authors of the plugin",
             )
             failure.exit_code = 1  # nothing that the user has done wrong
@@ -90,7 +90,7 @@ class Commands:
             self.added[name] = PluginCommand(name, help, self._plugin, configure, run)
             return
         warnings.warn(
-            f"{_label(self._plugin)}: its command {name!r} is left out: the name {problem}", AptWarning, stacklevel=2
+            f"{self._plugin.label}: its command {name!r} is left out: the name {problem}", AptWarning, stacklevel=2
         )
 
 
@@ -110,14 +110,14 @@ def find_commands() -> dict[str, PluginCommand]:
             _warn(plugin, "its commands are left out", error)
             continue
         found |= commands.added
-        taken |= dict.fromkeys(commands.added, _label(plugin))
+        taken |= dict.fromkeys(commands.added, plugin.label)
     return found
 
 
 def add_options(command: str, parser: argparse.ArgumentParser, plugins: Plugins) -> None:
     """Let the loaded plugins add options to a command of core. A plugin that raises is passed over with a warning."""
     for plugin, call in _implementations(plugins, "apt_register_options"):
-        group = parser.add_argument_group(f"options of {_label(plugin)}")
+        group = parser.add_argument_group(f"options of {plugin.label}")
         try:
             call(command=command, options=group)
         except (Exception, SystemExit) as error:
@@ -127,7 +127,7 @@ def add_options(command: str, parser: argparse.ArgumentParser, plugins: Plugins)
 def _implementations(plugins: Plugins, hook: str) -> Iterator[tuple[Plugin, Callable[..., None]]]:
     """Each plugin that implements `hook`, and a function that calls that plugin alone."""
     hooks = Hooks()
-    by_name = {hooks.add(plugin.module, plugin.name): plugin for plugin in plugins.loaded}
+    by_name = {hooks.add(plugin.module, plugin.name): plugin for plugin in plugins.listeners({hook})}
     for impl in getattr(hooks.manager.hook, hook).get_hookimpls():
 
         def call(impl: Any = impl, **arguments: Any) -> None:
@@ -136,10 +136,6 @@ def _implementations(plugins: Plugins, hook: str) -> Iterator[tuple[Plugin, Call
         yield by_name[impl.plugin_name], call
 
 
-def _label(plugin: Plugin) -> str:
-    return f"plugin {plugin.name!r}" + (f" ({plugin.distribution})" if plugin.distribution else "")
-
-
 def _warn(plugin: Plugin, consequence: str, error: BaseException) -> None:
     text = f"{type(error).__name__}: {error}".partition("\n")[0]
-    warnings.warn(f"{_label(plugin)}: {consequence}: {text}", AptWarning, stacklevel=3)
+    warnings.warn(f"{plugin.label}: {consequence}: {text}", AptWarning, stacklevel=3)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apt.cli.lock_commands import lock_of
 from apt.cli.overrides import parse_overrides
 from apt.core.errors import AptWarning, UsageError
 from apt.core.profiles import resolve
@@ -49,6 +50,7 @@ def run_train_command(args: Namespace) -> int:
         **_selection(args),
         run_dir=Path(args.run_dir) if args.run_dir is not None else None,
         resume=run,
+        frozen=_frozen(args, run),
         quiet=args.quiet,
         options=args,
     )
@@ -119,6 +121,17 @@ def _warn_of_differences(profile: str, run: RunFolder, overrides: Mapping[str, A
         AptWarning,
         stacklevel=2,
     )
+
+
+def _frozen(args: Namespace, run: RunFolder | None) -> Path | None:
+    """The lock that `--frozen` means; None without it."""
+    if args.frozen is None:
+        return None
+    path = Path(args.frozen) if args.frozen else run.lock if run is not None else lock_of(args.profile)
+    if not path.is_file():
+        wanted = args.profile or "P"
+        raise UsageError(f"apt train --frozen: there is no lock {path}", hint=f"write one: apt plugin-lock -p {wanted}")
+    return path
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,3 +102,16 @@ def how_to_install(requirement: str) -> str:
     except PackageNotFoundError:
         return f'pip install "{requirement}"'
     return f'pip install --upgrade "{requirement}", for the installed {installed} does not bring it'
+
+
+def how_to_restore(requirement: str) -> str:
+    """What to do to have what exactly `requirement`, such as "apt-plugin-moe==2.0.0", brought to an earlier run."""
+    from importlib_metadata import PackageNotFoundError, version
+
+    name, _, wanted = requirement.partition("==")
+    try:
+        if version(name) == wanted:
+            return f"{name} {wanted} is installed and its plugin not in use: see apt plugin-list"
+    except PackageNotFoundError:
+        pass
+    return f'pip install "{requirement}"'

@@ -1,4 +1,5 @@
-"""Plugins: found through their entry points, selected before any of them is imported, loaded one by one.
+"""Plugins: found through their entry points, selected before any of them is imported, and imported only where a run
+calls on them: what they register is known without (see `apt.core.scan`).
 
 Whatever a plugin raises while it loads disables that plugin alone, with a status and a reason that `apt plugin-list`
 shows.
@@ -6,27 +7,26 @@ shows.
 
 from __future__ import annotations
 
-import importlib
 import os
-import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from apt.core.catalogue import ENTRY_POINTS, PLUGINS, how_to_install
-from apt.core.errors import HINT, AptError, AptWarning, PluginError, did_you_mean
-from apt.core.hooks import Hooks
-from apt.core.registry import Registry
-from apt.hookspecs import API_VERSION
+from apt.core.distributions import editable_path, name_and_version, record_sha256, sources_sha256, sources_stamp
+from apt.core.errors import HINT, AptWarning, PluginError, did_you_mean
+from apt.core.examine import Contents, Status, examine
+from apt.core.registry import Registration, Registry
 
 GROUP = "apt.providers"
 BUILTIN = "builtin"
 """Core's own plugin: it brings the defaults, and so cannot be left out."""
 
-Status = Literal["ok", "disabled", "api-mismatch", "missing-dependency", "conflict", "import-error"]
+
+NO_PLUGINS = "--no-plugins"
 
 
 @dataclass(slots=True)
@@ -43,10 +43,40 @@ class Plugin:
     reason: str | None = None
     fix: str | None = None
     import_ms: float | None = None
+    """What importing it took when it was looked into, in a process that had imported those before it."""
+    hooks: tuple[str, ...] = ()
+    """The hooks that it implements."""
+    loaded: bool = False
+    """Whether what it registers can be used."""
     module: ModuleType | None = None
+    """The module, once something has called on it."""
+    metadata: Any = field(default=None, repr=False, compare=False)
+    """Its `importlib_metadata.Distribution`."""
 
     def refuse(self, status: Status, reason: str, fix: str | None = None) -> None:
         self.status, self.reason, self.fix = status, reason, fix
+
+    @property
+    def label(self) -> str:
+        """How messages name it: "plugin 'moe' (apt-plugin-moe)"."""
+        return f"plugin {self.name!r}" + (f" ({self.distribution})" if self.distribution else "")
+
+    @property
+    def entry_point(self) -> str:
+        return f"{self.name} = {self.module_name} ({self.distribution} {self.version})"
+
+    def sha256(self) -> str | None:
+        """Of its distribution's files, as its RECORD has them; of its sources, where those may change after it was
+        installed or nothing was recorded."""
+        return self._record() or sources_sha256(self.module_name)
+
+    def stamp(self) -> str:
+        """Another text whenever its files are others: cheaper than `sha256`, and good for this machine alone."""
+        return self._record() or sources_stamp(self.module_name)
+
+    def _record(self) -> str | None:
+        as_installed = self.metadata is not None and self.source == "installed"
+        return record_sha256(self.metadata.read_text("RECORD")) if as_installed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +98,7 @@ class Plugins:
     registry: Registry = field(default_factory=Registry)
     absent: tuple[str, ...] = ()
     """The packages that were asked for, are not installed, and have been named in a warning."""
+    strict: bool = False
 
     def registry_of_a_run(self) -> Registry:
         """A view for one run: what the plugins registered, and what scripts have in the global registry."""
@@ -77,9 +108,31 @@ class Plugins:
         view.merge(global_registry, plugin="script")
         return view
 
-    @property
-    def loaded(self) -> list[Plugin]:
-        return [plugin for plugin in self.found if plugin.module is not None]
+    def used(self, names: Container[str], hooks: Container[str]) -> list[Plugin]:
+        """What a run calls on: core's own plugin, those of these names, and those that implement one of these hooks."""
+        return [
+            plugin
+            for plugin in self.found
+            if plugin.loaded
+            and (plugin.name == BUILTIN or plugin.name in names or any(hook in hooks for hook in plugin.hooks))
+        ]
+
+    def listeners(self, hooks: Container[str]) -> list[Plugin]:
+        """The plugins that implement one of these hooks, imported now if they were not yet.
+
+        One that cannot be imported here, though it could be when it was looked into, is passed over with a warning.
+
+        Raises:
+            PluginError: that, where everything is to be strict.
+        """
+        listeners = [plugin for plugin in self.found if plugin.loaded and any(hook in hooks for hook in plugin.hooks)]
+        for plugin in listeners:
+            if plugin.module is None:
+                contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
+                if plugin.module is None:
+                    plugin.refuse(contents.status, contents.reason or "", contents.fix)
+                    _complain(plugin, self.strict)
+        return [plugin for plugin in listeners if plugin.module is not None]
 
 
 def find_plugins() -> list[Plugin]:
@@ -89,12 +142,20 @@ def find_plugins() -> list[Plugin]:
     found = [_describe(point) for point in entry_points(group=GROUP)]
     if not any(plugin.name == BUILTIN for plugin in found):
         # A source tree on the path, without its metadata.
-        found.append(Plugin(BUILTIN, "apt.builtin.plugin", "apt-core", source="source tree"))
+        from apt import __version__
+
+        found.append(Plugin(BUILTIN, "apt.builtin.plugin", "apt-core", __version__, source="source tree"))
     counts = Counter(plugin.name for plugin in found)
     for plugin in found:
         if counts[plugin.name] > 1:
             owners = " and ".join(sorted({str(p.distribution) for p in found if p.name == plugin.name}))
             plugin.refuse("conflict", f"{owners} both bring a plugin called {plugin.name!r}", "uninstall one of them")
+        elif ":" in plugin.module_name:
+            plugin.refuse(
+                "import-error",
+                f"its entry point names {plugin.module_name!r}, and a plugin is a module",
+                f'its authors write: {plugin.name} = "{plugin.module_name.partition(":")[0]}"',
+            )
     return sorted(found, key=lambda plugin: (plugin.name != BUILTIN, plugin.name))
 
 
@@ -115,7 +176,7 @@ def choose(
     """
     names: tuple[str, ...] | None
     if no_plugins:
-        names, source = (), "--no-plugins"
+        names, source = (), NO_PLUGINS
     elif plugins is not None:
         names, source = tuple(plugins), "--plugins"
     elif "APT_PLUGINS" in environ:
@@ -172,18 +233,34 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
         if plugin.name == BUILTIN or plugin.status != "ok":
             continue
         if plugin.name in excluded:
-            plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS")
+            plugin.refuse("disabled", "left out by --no-plugin or APT_DISABLE_PLUGINS", "take its name out of there")
         elif wanted is not None and plugin.name not in wanted:
-            plugin.refuse("disabled", f"not among {selection.source}")
+            none = selection.source == NO_PLUGINS
+            reason = f"left out by {NO_PLUGINS}" if none else f"not among {selection.source}"
+            plugin.refuse("disabled", reason, f"leave {NO_PLUGINS} out" if none else f"add it to {selection.source}")
     return tuple(absent)
 
 
-def load(found: list[Plugin]) -> Plugins:
-    """Import what is selected and let it register its providers."""
+def load(found: list[Plugin], *, refresh: bool = False) -> Plugins:
+    """Register what the selected plugins bring, importing none but core's own.
+
+    Args:
+        refresh: look into every plugin again, whatever is known of it.
+    """
     plugins = Plugins(found)
-    for plugin in found:
-        if plugin.status == "ok":
-            _load_one(plugin, plugins.registry)
+    chosen = [plugin for plugin in found if plugin.status == "ok"]
+    for plugin in chosen:
+        if plugin.name == BUILTIN:
+            contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
+            _take(plugin, contents, plugins.registry)
+    if others := [plugin for plugin in chosen if plugin.name != BUILTIN]:
+        from apt.core.scan import contents_of  # here: start-up is measured, and not everyone has plugins
+
+        for plugin, contents in zip(others, contents_of(others, refresh=refresh), strict=True):
+            if not contents.portable:
+                contents, plugin.module = examine(plugin.name, plugin.module_name, plugin.distribution)
+            _take(plugin, contents, plugins.registry)
+    _mark_contested(plugins)
     return plugins
 
 
@@ -191,19 +268,15 @@ def discover(selection: Selection | None = None, *, strict: bool = False) -> Plu
     """Find, select and load. With `strict`, a selected plugin that does not load is an error.
 
     Raises:
-        PluginError: see `select`; with `strict`, for any selected plugin whose status is not ok.
+        PluginError: see `select`; with `strict`, for any selected plugin that cannot be used.
     """
     found = find_plugins()
     absent = select(found, selection if selection is not None else choose(), strict=strict)
     plugins = load(found)
-    plugins.absent = absent
+    plugins.absent, plugins.strict = absent, strict
     for plugin in plugins.found:
-        if plugin.status in ("ok", "disabled"):
-            continue
-        message = f"plugin {plugin.name!r} ({plugin.distribution}) is not used: {plugin.status}: {plugin.reason}"
-        if strict:
-            raise PluginError(message, hint=plugin.fix)
-        warnings.warn(message + (f" (to mend it: {plugin.fix})" if plugin.fix else ""), AptWarning, stacklevel=2)
+        if not plugin.loaded and plugin.status != "disabled":
+            _complain(plugin, strict)
     return plugins
 
 
@@ -212,81 +285,50 @@ def load_installed(registry: Registry) -> None:
     registry.merge(discover().registry)
 
 
-def _load_one(plugin: Plugin, registry: Registry) -> None:
-    started = time.perf_counter()
-    try:
-        module = importlib.import_module(plugin.module_name)
-        theirs = getattr(module, "API_VERSION", None)
-        if not _compatible(theirs, API_VERSION):
-            declared = "no API_VERSION" if theirs is None else f"API_VERSION = {theirs}"
-            newer = isinstance(theirs, tuple) and theirs > API_VERSION
-            fix = (
-                "upgrade apt-core" if newer else f"ask for a version of {plugin.distribution} for API {API_VERSION[0]}"
-            )
-            plugin.refuse("api-mismatch", f"it declares {declared}, this apt-core has {API_VERSION}", fix)
-            return
-        # Registered on the side first: a plugin that fails half-way leaves nothing behind.
-        own = Registry()
-        hooks = Hooks()
-        hooks.add(module, plugin.name)
-        with own.owned_by(plugin.name, plugin.distribution, plugin.version):
-            # Straight through pluggy: here a failure is to be raised.
-            hooks.manager.hook.apt_register_providers(registry=own)
-        registry.merge(own)
-        plugin.module = module
-    except ModuleNotFoundError as error:
-        missing = error.name or str(error)
-        if plugin.module_name == missing or plugin.module_name.startswith(f"{missing}."):
-            plugin.refuse(
-                "import-error", f"its module {plugin.module_name!r} does not exist", f"reinstall {plugin.distribution}"
-            )
-        else:
-            plugin.refuse(
-                "missing-dependency", f"it needs {missing!r}, which is not installed", f"pip install {missing}"
-            )
-    except (Exception, SystemExit) as error:
-        text = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-        first_line = text.partition("\n")[0]
-        plugin.refuse("import-error", first_line, f"upgrade or uninstall {plugin.distribution or plugin.module_name}")
-    finally:
-        plugin.import_ms = round((time.perf_counter() - started) * 1000, 2)
+def _take(plugin: Plugin, contents: Contents, registry: Registry) -> None:
+    """Let a plugin have become what looking into it came to."""
+    plugin.import_ms, plugin.hooks = contents.import_ms, tuple(contents.hooks)
+    for text in contents.warnings:
+        warnings.warn(text, AptWarning, stacklevel=4)
+    if contents.status != "ok":
+        plugin.refuse(contents.status, contents.reason or "", contents.fix)
+        return
+    with registry.owned_by(plugin.name, plugin.distribution, plugin.version):
+        for provider in contents.providers:
+            registry.register(**provider)
+    plugin.loaded = True
 
 
-def _compatible(theirs: object, ours: tuple[int, int]) -> bool:
-    fits = isinstance(theirs, tuple) and len(theirs) == 2 and all(isinstance(part, int) for part in theirs)
-    return fits and theirs[0] == ours[0] and theirs[1] <= ours[1]  # type: ignore[index]
+def _mark_contested(plugins: Plugins) -> None:
+    """Say of plugins that claim one provider that they do: of them nobody gets it, and what else they bring stays."""
+    claims: dict[str, list[Registration]] = {}
+    for claim in plugins.registry.claims():
+        claims.setdefault(claim.slot, []).append(claim)
+    by_name = {plugin.name: plugin for plugin in plugins.found if plugin.loaded}
+    for slot, rivals in claims.items():
+        for claim in rivals if len(rivals) > 1 else ():
+            plugin = by_name[claim.plugin]
+            others = " and ".join(by_name[rival.plugin].label for rival in rivals if rival is not claim)
+            reason = f"{slot} is claimed by {others} too, so nobody gets it"
+            leave = plugin.name if plugin.name != BUILTIN else next(r.plugin for r in rivals if r is not claim)
+            plugin.refuse("conflict", f"{plugin.reason}; {reason}" if plugin.reason else reason, f"--no-plugin {leave}")
+
+
+def _complain(plugin: Plugin, strict: bool) -> None:
+    """Say that a plugin that was to be used is not."""
+    message = f"{plugin.label} is not used: {plugin.status}: {plugin.reason}"
+    if strict:
+        raise PluginError(message, hint=plugin.fix)
+    warnings.warn(message + (f" (to mend it: {plugin.fix})" if plugin.fix else ""), AptWarning, stacklevel=3)
 
 
 def _describe(point: Any) -> Plugin:
-    plugin = Plugin(point.name, point.value)
+    plugin = Plugin(point.name, point.value, metadata=point.dist)
     if point.dist is not None:
-        plugin.distribution, plugin.version = _name_and_version(point.dist)
-        plugin.source = _source(point.dist.read_text("direct_url.json")) or plugin.source
+        plugin.distribution, plugin.version = name_and_version(point.dist)
+        path = editable_path(point.dist)
+        plugin.source = plugin.source if path is None else f"editable: {path}"
     return plugin
-
-
-def _source(direct_url: str | None) -> str | None:
-    """Where an editable install lies; None for any other."""
-    if direct_url is None:
-        return None
-    import json
-
-    try:
-        origin = json.loads(direct_url)
-        return f"editable: {origin['url'].removeprefix('file://')}" if origin["dir_info"]["editable"] else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _name_and_version(distribution: Any) -> tuple[str | None, str | None]:
-    """From the head of its METADATA; the mail parser behind `distribution.metadata` costs 10 ms, and 1 ms a file."""
-    fields: dict[str, str] = {}
-    for line in (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").splitlines():
-        if not line:
-            break
-        key, _, value = line.partition(":")
-        fields.setdefault(key.lower(), value.strip())
-    return fields.get("name"), fields.get("version")
 
 
 def _all_of(names: list[str]) -> str:

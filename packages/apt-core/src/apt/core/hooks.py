@@ -27,6 +27,9 @@ MAX_OBSERVER_FAILURES = 3
 GENERATION = frozenset({"on_generation_start", "on_next_token"})
 """The hooks that are called while text is generated."""
 
+USE = GENERATION | {"on_model_built", "on_plugin_failed"}
+"""The hooks that are called where a trained model is used."""
+
 OnPluginError = Literal["drop", "stop"]
 
 T = TypeVar("T")
@@ -84,6 +87,8 @@ class _Manager(pluggy.PluginManager):
 
 SPEC_NAMES = {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
 OBSERVERS = {name for name in SPEC_NAMES if getattr(getattr(hookspecs, name), "observer", False)}
+TRAINING = {name for name in SPEC_NAMES if not name.startswith("apt_register_")} - GENERATION
+"""The hooks that are called while a model is trained."""
 
 
 class Hooks:

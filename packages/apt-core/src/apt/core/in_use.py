@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,6 +67,12 @@ class ProvidersInUse:
         """{(kind, name): instance} of the providers in effect."""
         return {(s.kind, s.name): s.provider for s in self.slots.values() if s.name and s.provider}
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether something that is installed could not be built, and another one stands in for it."""
+        installed = {(claim.kind, claim.name) for claim in self.registry.claims()}
+        return any(slot.is_fallback and (slot.kind, slot.requested) in installed for slot in self.slots.values())
+
     def use(self, kind: str, name: str, make: Callable[[Any], T], *, optional: bool = False) -> T | None:
         """Make a part with the provider `kind`:`name`, or with its kind's default if that one cannot be had.
 
@@ -90,6 +97,7 @@ class ProvidersInUse:
             slot, part = self._fill(kind, name, name, make)
         except ProviderError as error:
             stand_in = self._of_the_same_layout(kind, name) or self.registry.fallback_of(kind, name)
+            optional = optional and (kind, name) not in self.registry.recorded
             if self.strict or (stand_in is None and not optional) or self.registry.near_miss(kind, name):
                 raise
             label = f"{kind}:{stand_in}" if stand_in else f"no {kind}"
@@ -113,8 +121,12 @@ class ProvidersInUse:
         layout = self.layouts.get(kind)
         if layout is None:
             return None
-        others = (other for other in self.registry.list_providers(kind)[kind] if other != name)
-        return next((o for o in others if self.registry.get_info(kind, o)["weights_layout"] == layout), None)
+        for other in self.registry.list_providers(kind)[kind]:
+            # One that cannot be imported, or that two plugins claim, is no reason not to look at the others.
+            with suppress(ProviderError, ConflictError):
+                if other != name and self.registry.get_info(kind, other)["weights_layout"] == layout:
+                    return other
+        return None
 
     def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
         claim = self.registry.find(kind, name)

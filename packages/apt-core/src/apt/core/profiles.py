@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from apt.core.config import RunConfig
 
 __all__ = [
-    "Profile", "check_sections", "dump_yaml", "find_profile", "list_profiles", "load_profile_data", "parse_override",
-    "resolve", "schema",
+    "Profile", "check_sections", "dump_yaml", "find_profile", "is_shipped", "list_profiles", "load_profile_data",
+    "parse_override", "resolve", "schema",
 ]  # fmt: skip
 
 SHIPPED = FilePath(__file__).parents[1] / "profiles"
@@ -138,6 +138,11 @@ def find_profile(name: str | os.PathLike[str], folder: FilePath = FilePath()) ->
     near = did_you_mean(FilePath(stem).name, shipped)
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigError(f"there is no profile {show(text)}", hint=f"{hint}give a path, or one of {', '.join(shipped)}")
+
+
+def is_shipped(path: FilePath) -> bool:
+    """Whether a profile is one of those that ship."""
+    return path.parent == SHIPPED
 
 
 def list_profiles() -> list[tuple[str, str]]:
@@ -305,7 +310,7 @@ def _plain(value: Any) -> Any:
 
 def _label(path: FilePath) -> str:
     """A path as messages show it: a shipped profile by its file name, else seen from here if it lies below."""
-    if path.parent == SHIPPED:
+    if is_shipped(path):
         return path.name
     try:
         return str(path.resolve().relative_to(FilePath.cwd()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, package_of_provider
+from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, how_to_restore, package_of_provider
 from apt.core.errors import (
     ConfigError,
     ConflictError,
@@ -86,6 +87,11 @@ class Registration:
             return self.target
         return f"{self.target.__module__}:{self.target.__qualname__}"
 
+    def arguments(self) -> dict[str, Any]:
+        """What `Registry.register` was called with."""
+        named = ("kind", "name", "target", "default", "excludes", "requires", "version", "section")
+        return {name: getattr(self, name) for name in named}
+
     def load(self) -> type[Any]:
         """The class, imported if need be.
 
@@ -96,7 +102,7 @@ class Registration:
             return self.target
         module_name, _, attribute = self.target.partition(":")
         try:
-            found = getattr(importlib.import_module(module_name), attribute)
+            found = operator.attrgetter(attribute)(importlib.import_module(module_name))
         except (Exception, SystemExit) as error:
             raise ProviderError(
                 f"{self.slot} of plugin {self.plugin!r} cannot be imported from {self.target!r}: "
@@ -120,6 +126,9 @@ class Registry:
         self._claims: dict[tuple[str, str], list[Registration]] = {}
         self._instances: dict[tuple[str, str, str], Any] = {}
         self._owner: dict[str, Any] = {}
+        self.recorded: Mapping[tuple[str, str], str | None] = {}
+        """(kind, name) of the providers that an earlier run was built with, and the requirement that brings each, such
+        as "apt-plugin-moe==2.0.0". Nothing stands in for one of these: its weights are there already."""
 
     def register(
         self,
@@ -217,13 +226,15 @@ class Registry:
 
     def fallback_of(self, kind: str, name: str) -> str | None:
         """What may stand in for (kind, name): the kind's default; None where there is none, where `name` is the default
-        itself, and where `name` is a near miss of a registered one, which is a slip and not an absent package."""
+        itself or one of `recorded`, and where `name` is a near miss of a registered one, which is a slip and not an
+        absent package."""
         default = self.default_of(kind)
-        return None if default == name or self.near_miss(kind, name) else default
+        unique = default == name or (kind, name) in self.recorded or self.near_miss(kind, name)
+        return None if unique else default
 
     def near_miss(self, kind: str, name: str) -> str | None:
-        """The registered name that `name` is a slip of, or None; a name in the catalogue is no slip."""
-        if (kind, name) in self._claims or package_of_provider(kind, name):
+        """The registered name that `name` is a slip of, or None; a name that is known elsewhere is no slip."""
+        if (kind, name) in self._claims or (kind, name) in self.recorded or package_of_provider(kind, name):
             return None
         return did_you_mean(name, [n for k, n in self._claims if k == kind])
 
@@ -297,6 +308,7 @@ class Registry:
         """A registry of its own with the same registrations and no instances, so that two users share nothing."""
         self._ensure_loaded()
         view = Registry()
+        view.recorded = self.recorded
         view.merge(self)
         return view
 
@@ -343,6 +355,8 @@ class Registry:
             load(self)
 
     def _how_to_get(self, kind: str, name: str) -> str:
+        if requirement := self.recorded.get((kind, name)):
+            return how_to_restore(requirement)
         package = package_of_provider(kind, name)
         if package:
             return how_to_install(package)

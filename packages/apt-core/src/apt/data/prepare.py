@@ -107,6 +107,17 @@ def prepare_data(
     return Data(tokenizer, train, val, _digest(*(key.hex() for key in keys), split).hex())
 
 
+def use_data_providers(config: RunConfig, in_use: ProvidersInUse) -> None:
+    """Fill the slots of the dataset and the tokenizer, as `prepare_data` does, without reading any text.
+
+    Raises:
+        ConfigError, ProviderError: as `prepare_data`.
+    """
+    _hand_down(config.data, in_use)
+    _texts(config.data, in_use, None)
+    _use(in_use, "tokenizer", _tokenizer_name(config.data))
+
+
 def load_saved_tokenizer(config: RunConfig, in_use: ProvidersInUse, path: Path) -> Tokenizer:
     """The tokenizer that a run has saved, loaded by the provider that its profile names.
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, recorded_layouts
+from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, recorded_layouts, requirements_of
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import choose, discover
 from apt.core.errors import CheckpointError, ProviderError
-from apt.core.hooks import Hooks
+from apt.core.hooks import USE, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
@@ -71,6 +71,7 @@ def load_run(
     selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
     found = discover(selection, strict=strict)
     registry = found.registry_of_a_run()
+    registry.recorded = requirements_of(lock)
     in_use = ProvidersInUse(registry, config.sections, strict=strict, layouts=recorded_layouts(lock))
     tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
     # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.
@@ -78,7 +79,7 @@ def load_run(
         builder = ModelBuilder(config, in_use, device=target)
         model = builder.build_model(vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     hooks = Hooks("stop" if strict else config.on_plugin_error)
-    for plugin in found.loaded:
+    for plugin in found.listeners(USE):
         hooks.add(plugin.module, plugin.name)
     hooks.add_providers(in_use.providers)
     hooks.call("on_model_built", model=model, trainer=None)

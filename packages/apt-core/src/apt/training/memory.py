@@ -58,8 +58,7 @@ def need_of(config: RunConfig, registry: Registry, vocab_size: int) -> Need | No
     The model is built on the meta device, with provider instances of its own and without a word: the real one warns,
     falls back and is refused where it is built.
     """
-    view = registry.view()
-    in_use = ProvidersInUse(view, config.sections)
+    in_use = ProvidersInUse(registry.view(), config.sections)
     # Layers that draw on the CPU whatever the device is shall not change what the real ones draw.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         warnings.simplefilter("ignore")
@@ -67,8 +66,7 @@ def need_of(config: RunConfig, registry: Registry, vocab_size: int) -> Need | No
             model = ModelBuilder(config, in_use).build_model(vocab_size=vocab_size)
         except Exception:
             return None
-    installed = {(claim.kind, claim.name) for claim in view.claims()}
-    if any(slot.is_fallback and (slot.kind, slot.requested) in installed for slot in in_use.slots.values()):
+    if in_use.incomplete:
         return None  # one that is here and fails on the meta device may well be built where there is memory
     weights = list(model.parameters())
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)

@@ -6,8 +6,10 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from apt.checkpoint.codec import encode
+from apt.checkpoint.lock import requirement_of_listener
 from apt.checkpoint.rng import rng_state, set_rng_state
 from apt.checkpoint.store import Checkpoint
+from apt.core.catalogue import how_to_restore
 from apt.core.errors import AptWarning, CheckpointError
 
 if TYPE_CHECKING:
@@ -87,8 +89,10 @@ def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:
             trainer.hooks.call_one(plugin, "on_checkpoint_load", state=state, trainer=trainer)
         else:
             trainer.carried_states[plugin] = state
+            requirement = requirement_of_listener(trainer.lock, plugin) if trainer.lock else None
             warnings.warn(
-                f"the checkpoint holds state of {plugin!r}, which is not here; it is kept for the next checkpoint",
+                f"the checkpoint holds state of {plugin!r}, which is not here; it is kept for the next checkpoint"
+                + (f" (to use it again: {how_to_restore(requirement)})" if requirement else ""),
                 AptWarning,
                 stacklevel=3,
             )

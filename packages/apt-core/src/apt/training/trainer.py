@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from apt.checkpoint.durable import replace
-from apt.checkpoint.lock import check_lock, read_lock, recorded_layouts, write_lock
+from apt.checkpoint.lock import (
+    check_frozen,
+    check_lock,
+    read_lock,
+    recorded_layouts,
+    requirements_of,
+    write_lock,
+)  # fmt: skip
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device, tune_cpu_memory, use_bf16
-from apt.core.discovery import Plugins, choose, discover
+from apt.core.discovery import Plugin, Plugins, choose, discover
 from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
-from apt.core.hooks import Hooks
-from apt.core.in_use import ProvidersInUse
+from apt.core.hooks import TRAINING, Hooks
+from apt.core.in_use import ProvidersInUse, Slot
 from apt.core.logging import get_logger, log_to_file
 from apt.core.monitor import ResourceMonitor
 from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
@@ -39,6 +46,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
+from apt.training.plan import plan, use_side_providers
 from apt.training.progress import Progress
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
@@ -56,11 +64,13 @@ class Trainer:
         strict: every fallback and every effect that fails is an error.
         run_dir: the run's folder; a new one under the profile's `output_dir` if left out.
         resume: the run to go on with; its last good checkpoint is loaded.
+        frozen: a lock; every plugin that it does not hold, or not in this version and of these files, is refused.
         quiet: show nothing.
         options: what plugins' own command-line options were set to.
 
     Raises:
         ConfigError, PluginError: the profile or the choice of plugins cannot be used.
+        CheckpointError: a lock cannot be read.
 
     The attributes that hooks may rely on are the table in `apt.hookspecs`; those that need the model exist once `train`
     has called `on_model_built`.
@@ -77,6 +87,7 @@ class Trainer:
         strict: bool = False,
         run_dir: Path | None = None,
         resume: RunFolder | None = None,
+        frozen: Path | None = None,
         quiet: bool = False,
         options: Any = None,
     ) -> None:
@@ -90,13 +101,17 @@ class Trainer:
         selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
         self.plugins: Plugins = discover(selection, strict=strict)
         self.registry = self.plugins.registry_of_a_run()
+        self.lock = read_lock(resume.lock) if resume else None
+        self.registry.recorded = requirements_of(self.lock) if self.lock else {}
         check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
-        layouts = recorded_layouts(read_lock(resume.lock)) if resume is not None else None
+        if frozen is not None:
+            self._refuse_what_is_not_in(frozen)
+        layouts = recorded_layouts(self.lock) if self.lock else None
         self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict, layouts=layouts)
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
-        for plugin in self.plugins.loaded:
+        for plugin in self.plugins.listeners(TRAINING):
             self.hooks.add(plugin.module, plugin.name)
         self.progress = Progress(quiet=quiet)
         self.hooks.add(self.progress, "progress")
@@ -317,17 +332,9 @@ class Trainer:
             check_memory(config, self.registry, self.device, vocab_size)
         self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
-        if config.model.align_name:
-            self.in_use.use("align", config.model.align_name, lambda provider: provider, optional=True)
-        voter = None
-        if config.model.voter_name:
-            voter = self.in_use.use("voter", config.model.voter_name, lambda provider: provider, optional=True)
+        use_side_providers(config, self.in_use, self.model)
+        voter: Any = self.providers.get(("voter", config.model.voter_name or ""))
         self.exam = Exam(config, self.schedule, voter) if config.data.answers_path else None
-        if config.model.qat_name:
-            self.in_use.use("quant", config.model.qat_name, lambda scheme: scheme.prepare(self.model), optional=True)
-        for name in training.trackers:
-            self.in_use.use("tracker", name, lambda provider: provider, optional=True)
-        self.in_use.check_conflicts()
         self.hooks.add_providers(self.providers)
         self.hooks.call("on_model_built", model=self.model, trainer=self)
         self.optimizer = build_optimizer(self.model, training)
@@ -352,8 +359,8 @@ class Trainer:
         self.store = CheckpointStore(
             self.run.checkpoints, keep_last=self.config.checkpoint.keep_last, keep_best=self.config.checkpoint.keep_best
         )
-        if self.resumed:
-            check_lock(read_lock(self.run.lock), slots)
+        if self.lock:
+            check_lock(self.lock, slots)
             restore(self, self.store.load())
         try:
             self.run.path.mkdir(parents=True, exist_ok=True)
@@ -368,13 +375,24 @@ class Trainer:
             ) from error
         if self.resumed and self.step >= self.total_steps and self.epoch_closed:
             return  # nothing is left to do, and nothing is to be changed
-        write_lock(self.run.lock, slots, self.model, self.modules_by_slot)
+        absent = [record for record in (self.lock or {}).get("plugins", ()) if record["name"] in self.carried_states]
+        write_lock(self.run.lock, slots, self.model, self.modules_by_slot, self._plugins_of(slots), absent)
         replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
         for slot in slots:
             if slot.is_fallback:
                 self.logger.warning(
                     "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
                 )
+
+    def _plugins_of(self, slots: Iterable[Slot]) -> list[Plugin]:
+        return self.plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
+
+    def _refuse_what_is_not_in(self, lock: Path) -> None:
+        """Raise PluginError for what a lock does not hold, before a plugin listens or any text is read."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AptWarning)  # the run itself will say it
+            slots = plan(self.config, self.registry, strict=self.strict)[0].slots.values()
+        check_frozen(read_lock(lock), lock, self.plugins.found, self._plugins_of(slots), slots)
 
     # The end
 

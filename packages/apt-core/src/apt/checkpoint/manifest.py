@@ -1,0 +1,95 @@
+"""What a checkpoint says of itself, and whether its files are as it says. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from apt.checkpoint.durable import sha256
+from apt.core.errors import AptWarning, CheckpointError
+
+FORMAT = 1
+MODEL = "model.safetensors"
+TENSORS = "state.safetensors"
+STRUCTURE = "state.json"
+MANIFEST = "manifest.json"
+
+
+def folders_of(store: Path) -> dict[int, Path]:
+    """{step: folder} of the complete checkpoints: those under their final name, else those that stepped aside.
+
+    Raises:
+        CheckpointError: `store` cannot be read.
+    """
+    found: dict[int, Path] = {}
+    try:
+        # "step-1" sorts before "step-1.old", and so takes its place.
+        for path in sorted(store.iterdir()):
+            match = re.fullmatch(r"step-(\d+)(\.old)?", path.name)
+            if match and path.is_dir():
+                found.setdefault(int(match[1]), path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{store} cannot be read: {error.strerror}", hint="name the folder of a run") from error
+    return found
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """`content` as JSON with a hash of itself: the one way to write it, so that any other byte shows."""
+    body = json.dumps(content, indent=1, allow_nan=False)
+    return json.dumps({**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1).encode()
+
+
+def read_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or another one's."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+        del content["sha256"]
+        whole = seal(content) == data
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged", hint="load another step")
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, and this version of APT reads {FORMAT}",
+            hint="use the version that wrote it",
+        )
+    if content["step"] != step:
+        raise CheckpointError(f"{path} belongs to step {content['step']}", hint="give its folder back its own name")
+    return dict(content)
+
+
+def verify(folder: Path, step: int, *, only: str | None = None) -> dict[str, Any]:
+    """The manifest, if every file is as it says, or `only` the one named. Raises CheckpointError if not."""
+    manifest = read_manifest(folder, step)
+    for name, known in manifest["files"].items():
+        if only not in (None, name):
+            continue
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            same = size == known["bytes"] and sha256(path) == known["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
+        if size != known["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: {size:,} bytes instead of {known['bytes']:,}", hint="load another step"
+            )
+        if not same:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's", hint="load another step")
+    strangers = {path.name for path in folder.iterdir()} - {MANIFEST, *manifest["files"]}
+    if strangers:
+        warnings.warn(
+            f"{folder} also holds {', '.join(sorted(strangers))}, which is passed over", AptWarning, stacklevel=5
+        )
+    return manifest

@@ -1,0 +1,53 @@
+"""`apt plugin-lock`: the plugins and providers that a profile comes to, written down for `apt train --frozen`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from apt.cli.overrides import parse_overrides
+from apt.core.errors import CheckpointError
+from apt.core.profiles import check_sections, find_profile, is_shipped, resolve
+
+SUFFIX = ".lock.json"
+
+
+def lock_of(profile: str) -> Path:
+    """Where the lock of a profile lies: beside it, as NAME.lock.json; that of one that ships in the current folder."""
+    path = find_profile(profile)
+    return Path(path.stem + SUFFIX) if is_shipped(path) else path.with_suffix(SUFFIX)
+
+
+def run_plugin_lock_command(args: Namespace) -> int:
+    """Write the lock of `args.profile`."""
+    profile = resolve(args.profile, parse_overrides(args.overrides))
+    config = profile.config
+    path = Path(args.output) if args.output is not None else lock_of(args.profile)
+
+    from apt.checkpoint.lock import write_lock
+    from apt.core.discovery import choose, discover
+    from apt.core.hooks import TRAINING
+    from apt.training.plan import plan
+
+    chosen = choose(plugins=args.plugins, no_plugin=args.no_plugin, no_plugins=args.no_plugins, profile=config.plugins)
+    plugins = discover(chosen, strict=args.strict)
+    registry = plugins.registry_of_a_run()
+    check_sections(config, registry, profile.origins, plugins.absent)
+    in_use, model, builder = plan(config, registry, strict=args.strict)
+    slots = list(in_use.slots.values())
+    used = plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
+    try:
+        write_lock(path, slots, model, builder.modules_by_slot(model), used)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint="write it elsewhere: --output FILE") from error
+
+    from apt.cli.screen import columns
+    from apt.training.progress import describe_slot
+
+    rows = [("plugin", f"{plugin.name} ({plugin.distribution} {plugin.version})") for plugin in used]
+    rows += [(slot.kind, describe_slot(slot)) for slot in slots]
+    print("\n".join(columns(rows)))
+    print(f"Written to {path}")
+    frozen = "--frozen" if args.output is None else f"--frozen {path}"
+    print(f"Next: apt train -p {args.profile} {frozen}")
+    return 0
