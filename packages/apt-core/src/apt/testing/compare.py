@@ -41,6 +41,7 @@ def require_equal(actual: Tensor, expected: Tensor, what: str, advice: str, tole
     if actual.shape != expected.shape:
         raise CheckFailure(f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}; {advice}")
     require_finite(actual, what, advice)
+    actual, expected = actual.detach(), expected.detach()
     allowed = _allowed(actual, expected, TOLERANCE) if tolerance is None else tolerance
     difference = (actual.double() - expected.double()).abs()
     if difference.numel() and float(difference.max()) > allowed:
@@ -54,6 +55,7 @@ def require_equal(actual: Tensor, expected: Tensor, what: str, advice: str, tole
 
 def require_change(after: Tensor, before: Tensor, what: str, advice: str) -> None:
     """Raise CheckFailure if nothing beyond rounding changed."""
+    after, before = after.detach(), before.detach()
     moved = float((after.double() - before.double()).abs().max())
     wanted = _allowed(after, before, NOTICEABLE)
     if not moved > wanted:

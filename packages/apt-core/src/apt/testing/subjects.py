@@ -246,11 +246,11 @@ class RouterSubject(LayerSubject):
 class DenseFFN(nn.Module):
     """What a router is given to wrap: two linear maps around a GELU."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, *, bias: bool = True) -> None:
         super().__init__()
         self.d_model = d_model
-        self.up = nn.Linear(d_model, d_ff)
-        self.down = nn.Linear(d_ff, d_model)
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out_BTD: Tensor = self.down(nn.functional.gelu(self.up(x_BTD)))

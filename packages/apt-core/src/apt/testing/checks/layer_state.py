@@ -121,7 +121,7 @@ def initial_weights_follow_the_seed(subject: LayerSubject) -> None:
         not torch.equal(after_one, after_other),
         "after building, torch's generator is in the same state whatever the seed was: take torch.manual_seed out",
     )
-    if subject.kind != "router" and any(t.numel() and t.std() > 0 for t in one.parameters() if t.dim() > 1):
+    if subject.kind != "router" and any(t.numel() > 1 and t.std() > 0 for t in one.parameters() if t.dim() > 1):
         same = all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
         require(not same, "another seed gives the same initial weights: draw them from torch's global generator")
 

@@ -33,7 +33,7 @@ def tokens_are_independent_in_evaluation(subject: RouterSubject) -> None:
 def the_router_learns(subject: RouterSubject) -> None:
     """The gradient of the output reaches parameters that were not in the dense layer, the router's own: a hard choice
     without a weight on it has no gradient, and such a router stays as it was drawn."""
-    base = DenseFFN(subject.d_model, 32)
+    base = DenseFFN(subject.d_model, 37, bias=False)  # shapes that no router has
     shapes = {tuple(parameter.shape) for parameter in base.parameters()}
     layer = subject.layer(training=True, base=base)
     out_BTD = subject.forward(layer, subject.x(length=32))
