@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from kit_references import PlainAttention, PlainAttentionLayer, PlainCache
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.core.providers.attention import AttentionContext
 
-MUTANTS: dict[str, tuple[type[PlainAttention], str]] = {}
-"""{name: (provider, the check that is aimed at it)}; what is wrong with it is its layer's docstring."""
+MUTANTS: dict[str, tuple[str, type[Any], str]] = {}
+"""{name: (kind, provider, the check that is aimed at it)}; what is wrong with it is its docstring."""
 
 
 def mutant(aim: str) -> Any:
-    """Make a layer, or a whole provider, a mutant that the check `aim` has to catch."""
+    """Make a layer a mutant that the check `aim` has to catch."""
 
     def add(cls: Any) -> Any:
-        name = cls.__name__
-        provider = cls
-        if issubclass(cls, nn.Module):
-            provider = type(name, (PlainAttention,), {"Layer": cls, "__doc__": cls.__doc__})
-        MUTANTS[name] = (provider, aim)
+        provider = type(cls.__name__, (PlainAttention,), {"Layer": cls, "__doc__": cls.__doc__})
+        MUTANTS[cls.__name__] = ("attention", provider, aim)
         return cls
 
     return add
@@ -399,7 +396,7 @@ class AlwaysRotates(Layer):
 
 
 @mutant("default_positions_count_from_zero")
-class CountsFromOne(Layer):
+class GivenPositionsCountFromOne(Layer):
     """Positions that are given are one higher than those that are not, for the queries."""
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> Any:

@@ -1,30 +1,23 @@
-"""Providers of the other kinds that are wrong in one thing each: those of `kit_references`, one change each."""
+"""Feed-forward layers, routers, alignments and quantisers that are wrong in one thing each: those of `kit_references`,
+one change each."""
 
 from __future__ import annotations
 
-import json
-import random
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from kit_references import (
     PlainAlign,
-    PlainDataset,
     PlainFFN,
     PlainFFNLayer,
     PlainMoE,
+    PlainQuant,
+    PlainQuantLinear,
     PlainRouter,
-    PlainTokenizer,
-    PlainTokenizerProvider,
-    PlainTracker,
 )
 from torch import Tensor, nn
-
-from apt.core.providers.dataset import Piece
+from torch.nn import functional as F
 
 MUTANTS: dict[str, tuple[str, type[Any], str]] = {}
 """{name: (kind, provider, the check that is aimed at it)}; what is wrong with it is its docstring."""
@@ -32,15 +25,9 @@ MUTANTS: dict[str, tuple[str, type[Any], str]] = {}
 PARTS: dict[type[Any], tuple[str, type[Any], str]] = {
     PlainFFNLayer: ("ffn", PlainFFN, "Layer"),
     PlainMoE: ("router", PlainRouter, "Layer"),
-    PlainTokenizer: ("tokenizer", PlainTokenizerProvider, "Tokenizer"),
+    PlainQuantLinear: ("quant", PlainQuant, "Linear"),
 }
-PROVIDERS = {
-    PlainRouter: "router",
-    PlainAlign: "align",
-    PlainDataset: "dataset",
-    PlainTokenizerProvider: "tokenizer",
-    PlainTracker: "tracker",
-}
+PROVIDERS: dict[type[Any], str] = {PlainRouter: "router", PlainAlign: "align", PlainQuant: "quant"}
 
 
 def mutant(aim: str) -> Any:
@@ -265,266 +252,109 @@ class NoHook(PlainAlign):
     extra_losses: Any = None
 
 
-# Dataset
+# Quant
 
 
-@mutant("pieces_are_text")
-class Strings(PlainDataset):
-    """It yields strings in place of pieces."""
+@mutant("the_output_stays_near")
+class WrapsAround(PlainQuantLinear):
+    """The scale is too small by half, and what does not fit wraps around."""
 
-    def pieces(self) -> Iterator[Any]:
-        yield from self.texts()
+    def scale_of(self, weight_OI: Tensor) -> Tensor:
+        return super().scale_of(weight_OI) / 2
 
+    def rounded(self, ratio_OI: Tensor) -> Tensor:
+        return ratio_OI.round().to(torch.int32).to(torch.int8)
 
-@mutant("pieces_are_text")
-class NulInside(PlainDataset):
-    """A document holds NUL."""
 
-    def texts(self) -> Sequence[str]:
-        return [*super().texts(), "a\0b"]
+@mutant("the_output_stays_near")
+class ScaleOfAnotherRange(PlainQuantLinear):
+    """Weights are rounded to 127 steps and read as if there were 64."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.q.to(x.dtype) * self.scale * (127 / 64), self.bias)
 
-@mutant("the_order_is_fixed")
-class Shuffled(PlainDataset):
-    """Documents come in another order each time."""
 
-    def pieces(self) -> Iterator[Any]:
-        yield from sorted(super().pieces(), key=lambda piece: (random.random(), piece.text))
+@mutant("it_takes_fewer_bytes")
+class KeepsTheWeights(PlainQuantLinear):
+    """The weights are kept beside the integers."""
 
-    TEXTS = tuple(f"document {i}\n" for i in range(20))
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = linear.weight
 
 
-@mutant("the_order_is_fixed")
-class OnePassAlone(PlainDataset):
-    """The second pass goes on where the first one ended."""
+@mutant("any_scale_of_weights_is_met")
+class OneScaleForAll(PlainQuantLinear):
+    """One scale serves all rows."""
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        self.one = super().pieces()
+    def scale_of(self, weight_OI: Tensor) -> Tensor:
+        return super().scale_of(weight_OI).amax().expand(len(weight_OI), 1).clone()
 
-    def pieces(self) -> Iterator[Any]:
-        yield from self.one
 
+@mutant("rows_of_zeros_are_finite")
+class DividesByZero(PlainQuantLinear):
+    """The scale of a row of zeros is zero."""
 
-@mutant("two_passes_are_apart")
-class PlaceOnTheProvider(PlainDataset):
-    """The place in the documents is kept on the provider."""
+    def scale_of(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.abs().amax(1, keepdim=True) / 127
 
-    place = 0
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 / self.scale.mT
 
-    def pieces(self) -> Iterator[Any]:
-        self.place = 0
-        while self.place < len(self.texts()):
-            self.place += 1
-            yield Piece(self.texts()[self.place - 1])
 
+@mutant("the_state_dict_says_it_all")
+class ScaleThatIsNotSaved(PlainQuantLinear):
+    """The scale is a plain tensor, which no state dict holds."""
 
-@mutant("the_fingerprint_is_fixed")
-class FingerprintOfTheTime(PlainDataset):
-    """The fingerprint is the time."""
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        scale = self.scale
+        del self.scale
+        self.scale = scale
 
-    def fingerprint(self) -> str:
-        return str(time.perf_counter_ns())
 
+@mutant("what_is_left_is_left_alone")
+class RoundsTheEmbedding(PlainQuant):
+    """The embedding is rounded to bfloat16 and back."""
 
-@mutant("the_fingerprint_leaves_the_documents")
-class FingerprintUsesThemUp(PlainDataset):
-    """Taking the fingerprint reads the first document, which is then gone."""
+    def quantize(self, model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    module.weight.copy_(module.weight.bfloat16())
+        return super().quantize(model)
 
-    taken = 0
 
-    def texts(self) -> Sequence[str]:
-        return super().texts()[self.taken :]
+@mutant("evaluation_repeats")
+class ScaleOfTheBatch(PlainQuantLinear):
+    """Inputs are rounded too, with one scale for the whole batch."""
 
-    def fingerprint(self) -> str:
-        found = super().fingerprint()
-        self.taken = 1
-        return found
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax() / 15
+        return super().forward((x / scale).round() * scale)
 
 
-@mutant("the_size_is_near")
-class SizeInDocuments(PlainDataset):
-    """The size is the number of documents."""
+@mutant("one_token_is_enough")
+class WantsARow(PlainQuantLinear):
+    """A single token is rounded, for which a longer row has no need."""
 
-    def size_hint(self) -> int | None:
-        return len(self.texts())
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.shape[1] > 1 else (4 * x).round() / 4)
 
 
-# Tokenizer
+@mutant("odd_sizes_are_met_or_refused")
+class GroupsOfThirtyTwo(PlainQuantLinear):
+    """Rows are cut into groups of 32, and what is left over is lost."""
 
+    def rounded(self, ratio_OI: Tensor) -> Tensor:
+        q_OI = super().rounded(ratio_OI)
+        q_OI[:, ratio_OI.shape[1] // 32 * 32 :] = 0
+        return q_OI
 
-@mutant("text_survives")
-class LowerCase(PlainTokenizer):
-    """Text is made lower case."""
 
-    def split(self, text: str) -> list[str]:
-        return [word if word not in self.ids or word.lower() not in self.ids else word.lower()
-                for word in super().split(text)]  # fmt: skip
-
-
-@mutant("text_survives")
-class StripsSpaces(PlainTokenizer):
-    """Space at the ends of a text is lost."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        return super().encode(text.strip())
-
-
-@mutant("strange_text_survives_or_is_refused")
-class KeyErrorForStrangers(PlainTokenizer):
-    """A word that is not in the vocabulary is a KeyError."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        return [self.ids[word] for word in self.split(text)]
-
-
-@mutant("strange_text_survives_or_is_refused")
-class LeavesStrangersOut(PlainTokenizer):
-    """A word that is not in the vocabulary is left out."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        return [self.ids[word] for word in self.split(text) if word in self.ids]
-
-
-@mutant("ids_are_in_the_vocabulary")
-class OneTooMany(PlainTokenizer):
-    """vocab_size leaves out the end of a document."""
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.words) - 1
-
-
-@mutant("nothing_gives_nothing")
-class BeginsWithASign(PlainTokenizer):
-    """Every text begins with the sign that ends one, which decode takes away."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        return [0, *super().encode(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return super().decode([i for i in ids if i])
-
-
-@mutant("any_ids_can_be_decoded")
-class DecodesWholeTextsAlone(PlainTokenizer):
-    """An id without a word is an IndexError."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join([word for word in (self.words[i] for i in ids) if word or self._fail()])
-
-    def _fail(self) -> bool:
-        raise IndexError("no word")
-
-
-@mutant("the_end_of_a_document_has_its_own_id")
-class EndsAtAComma(PlainTokenizer):
-    """The end of a document is the id of the comma."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        super().__init__(words)
-        self.eos_id = self.ids[","]
-
-
-@mutant("saved_and_loaded_it_is_the_same")
-class SavesASet(PlainTokenizer):
-    """The words are saved in order of the alphabet, and have other ids when they are loaded."""
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(sorted(self.words[1:])))
-
-
-@mutant("saved_and_loaded_it_is_the_same")
-class SavesTwoFiles(PlainTokenizer):
-    """A second file is left beside the one that was asked for."""
-
-    def save(self, path: Path) -> None:
-        super().save(path)
-        path.with_suffix(".merges").write_text("")
-
-
-@mutant("built_twice_it_is_the_same")
-class OrderByChance(PlainTokenizerProvider):
-    """Ids are dealt out in an order that chance decides."""
-
-    def order(self, counts: Counter[str]) -> list[str]:
-        words = super().order(counts)
-        random.shuffle(words)
-        return words
-
-
-@mutant("encoding_leaves_nothing_behind")
-class GrowsAsItReads(PlainTokenizer):
-    """A word that is not in the vocabulary joins it."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        for word in self.split(text):
-            if word not in self.ids:
-                self.ids[word] = len(self.words)
-                self.words.append(word)
-        return super().encode(text)
-
-
-# Tracker
-
-
-@mutant("a_run_is_followed")
-class WantsALoss(PlainTracker):
-    """Every record is taken to hold a loss."""
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        super().log({**record, "loss": round(record["loss"], 6)})
-
-
-@mutant("any_record_is_taken")
-class NumbersAlone(PlainTracker):
-    """Every entry is taken for a number."""
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        super().log({key: value if key == "event" else float(value) for key, value in record.items()})
-
-
-@mutant("records_stay_as_they_are")
-class TakesTheStepOut(PlainTracker):
-    """The step is taken out of the record it is handed."""
-
-    def log(self, record: Any) -> None:
-        record["at"] = record.pop("step")
-        super().log(record)
-
-
-@mutant("the_end_may_come_at_any_time")
-class EndsOnceAlone(PlainTracker):
-    """The end of a run that has not begun, or has ended, is an error."""
-
-    def finish(self) -> None:
-        assert self.path is not None
-        super().finish()
-        self.path = None
-
-
-@mutant("a_run_can_be_resumed")
-class WantsAnEmptyFolder(PlainTracker):
-    """What is in the folder already is an error."""
-
-    def start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
-        super().start(run_dir, config, step)
-        assert self.path is not None
-        self.path.open("x").close()
-
-
-@mutant("what_is_logged_is_kept")
-class LosesItsBuffer(PlainTracker):
-    """What is in the buffer at the end is lost."""
-
-    def finish(self) -> None:
-        self.lines = self.lines[:1]
-        super().finish()
-
-
-@mutant("a_run_reaches_it_through_its_hooks")
-class OverridesAHook(PlainTracker):
-    """A hook of the interface is overridden and no longer logs."""
-
-    def on_log(self, record: Mapping[str, Any]) -> None:
-        self.last = record
+@mutant("preparing_keeps_the_state_dict")
+class PreparesByQuantising(PlainQuant):
+    """Preparing for training quantises at once."""
+
+    def prepare(self, model: nn.Module) -> None:
+        self.quantize(model)

@@ -3,13 +3,12 @@ dropped out, differentiated, in other dtypes. Attention and feed-forward layers 
 
 from __future__ import annotations
 
-import math
 import random
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from kit_references import PlainAttention, PlainAttentionLayer, PlainFFN, PlainFFNLayer
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -340,8 +339,8 @@ class DrawsInEvaluation(FFNLayer):
 
 
 @mutant("global_state_is_left_alone")
-class LeavesGradientsOff(FFNLayer):
-    """Gradients are switched off at the end of a backward pass, and stay so."""
+class SetsDeterminism(FFNLayer):
+    """The backward pass switches deterministic algorithms on, for everybody."""
 
     def forward(self, x: Tensor) -> Any:
         if x.requires_grad:
@@ -448,15 +447,12 @@ class HookWithAnotherArgument(PlainFFN):
 
 
 @mutant("config_survives_the_lock")
-class ConfigThatForgets(PlainFFN):
-    """A setting is left out where the config is written."""
+class SettingThatIsNotWritten(PlainFFN):
+    """A setting is drawn anew each time and left out where the config is written."""
 
     class Config(BaseModel):
-        model_config: ClassVar = {"extra": "forbid", "arbitrary_types_allowed": True}
-        scale: float = math.inf
-
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, BaseModel) and repr(self) == repr(other) and self.scale == 2.0
+        model_config = ConfigDict(extra="forbid")
+        seed: int = Field(default_factory=lambda: random.getrandbits(60), exclude=True)
 
 
 @mutant("config_refuses_unknown_keys")

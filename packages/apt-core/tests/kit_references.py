@@ -1,14 +1,9 @@
-"""Plain correct providers, one of each kind, written so that a mutant can change one thing in them."""
+"""Plain correct providers of the kinds that build or change models, written so that a mutant can change one thing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.core.errors import ConfigError, DataError, ProviderError
+from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.align import AlignProvider
 from apt.core.providers.attention import AttentionContext, AttentionProvider
-from apt.core.providers.dataset import DatasetProvider, Piece
 from apt.core.providers.ffn import FFNProvider
+from apt.core.providers.quant import QuantProvider
 from apt.core.providers.router import RouterProvider
-from apt.core.providers.tokenizer import TokenizerProvider
-from apt.core.providers.tracker import TrackerProvider
 from apt.core.registry import Provider
 
 
@@ -288,90 +281,42 @@ class PlainAlign(Plain, AlignProvider):
         return (kl_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)
 
 
-# Dataset
+# Quant
 
 
-class PlainDataset(Plain, DatasetProvider):
-    TEXTS = ("one document\n", "another, longer document\n" * 5, "größer 🙂\n")
+class PlainQuantLinear(nn.Module):
+    """Eight bits for each weight and a scale for each row."""
 
-    def texts(self) -> Sequence[str]:
-        return self.TEXTS
+    q: Tensor
+    scale: Tensor
 
-    def pieces(self) -> Iterator[Any]:
-        for text in self.texts():
-            yield Piece(text)
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OI = linear.weight.detach()
+        scale_O1 = self.scale_of(weight_OI)
+        self.register_buffer("q", self.rounded(weight_OI / scale_O1))
+        self.register_buffer("scale", scale_O1)
+        self.bias = linear.bias
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256("\0".join(self.texts()).encode()).hexdigest()
+    def scale_of(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
 
-    def size_hint(self) -> int | None:
-        return sum(len(text.encode()) for text in self.texts())
+    def rounded(self, ratio_OI: Tensor) -> Tensor:
+        return ratio_OI.round().clamp(-127, 127).to(torch.int8)
 
-
-# Tokenizer
-
-
-class PlainTokenizer:
-    """Words and single characters between them; id 0 ends a document."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self.words = ["", *words]
-        self.ids = {word: i for i, word in enumerate(self.words) if i}
-        self.eos_id: int | None = 0
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.words)
-
-    def split(self, text: str) -> list[str]:
-        return re.findall(r"\w+|\W", text)
-
-    def encode(self, text: str) -> Sequence[int]:
-        try:
-            return [self.ids[word] for word in self.split(text)]
-        except KeyError as error:
-            raise DataError(f"{error.args[0]!r} is not in the vocabulary") from error
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.words[i] if 0 < i < len(self.words) else "\ufffd" for i in ids)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.words[1:]))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.q.to(x.dtype) * self.scale, self.bias)
 
 
-class PlainTokenizerProvider(Plain, TokenizerProvider):
-    Tokenizer: ClassVar[type[PlainTokenizer]] = PlainTokenizer
+class PlainQuant(Plain, QuantProvider):
+    Linear: ClassVar[type[nn.Module]] = PlainQuantLinear
 
-    def build(self, pieces: Callable[[], Iterable[Piece]]) -> Any:
-        counts = Counter(re.findall(r"\w+|\W", "".join(piece.text for piece in pieces())))
-        return self.Tokenizer(self.order(counts))
+    def quantize(self, model: nn.Module) -> nn.Module:
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, self.Linear(child))
+        return model
 
-    def order(self, counts: Counter[str]) -> list[str]:
-        return sorted(counts, key=lambda word: (-counts[word], word))
-
-    def load(self, path: Path) -> Any:
-        return self.Tokenizer(json.loads(path.read_text()))
-
-
-# Tracker
-
-
-class PlainTracker(Plain, TrackerProvider):
-    """One line of JSON for each record."""
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        self.lines: list[str] = []
-        self.path: Path | None = None
-
-    def start(self, run_dir: Path, config: Mapping[str, Any], step: int) -> None:
-        self.path = run_dir / "plain.jsonl"
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        self.lines.append(json.dumps(record, default=str))
-
-    def finish(self) -> None:
-        if self.path is not None and self.lines:
-            with self.path.open("a") as file:
-                file.write("\n".join(self.lines) + "\n")
-            self.lines = []
+    def prepare(self, model: nn.Module) -> None:
+        """Its rounding is so fine that training needs no preparation."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import kit_mutants_attention
+import kit_mutants_data
 import kit_mutants_kinds
 import kit_mutants_layers
 import kit_references
+import kit_references_data
 import pytest
 
 from apt.core.catalogue import KINDS
@@ -19,15 +21,19 @@ REFERENCES: dict[str, type[Any]] = {
     "ffn": kit_references.PlainFFN,
     "router": kit_references.PlainRouter,
     "align": kit_references.PlainAlign,
-    "dataset": kit_references.PlainDataset,
-    "tokenizer": kit_references.PlainTokenizerProvider,
-    "tracker": kit_references.PlainTracker,
+    "dataset": kit_references_data.PlainDataset,
+    "tokenizer": kit_references_data.PlainTokenizerProvider,
+    "tracker": kit_references_data.PlainTracker,
+    "retrieval": kit_references_data.PlainRetrieval,
+    "voter": kit_references_data.PlainVoter,
+    "quant": kit_references.PlainQuant,
 }
 
 MUTANTS: dict[str, tuple[str, type[Any], str]] = {
-    **{name: ("attention", *rest) for name, rest in kit_mutants_attention.MUTANTS.items()},
+    **kit_mutants_attention.MUTANTS,
     **kit_mutants_layers.MUTANTS,
     **kit_mutants_kinds.MUTANTS,
+    **kit_mutants_data.MUTANTS,
 }
 """{name: (kind, provider, the check aimed at it)}."""
 

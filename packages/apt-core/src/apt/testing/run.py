@@ -9,15 +9,22 @@ the number that it has once run.
 from __future__ import annotations
 
 import linecache
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from apt.core.catalogue import KINDS
 from apt.core.errors import HINT, ConfigError, ProviderError, did_you_mean
 from apt.testing.check import Check, CheckFailure, CheckSkipped, checks_of
+
+ELSEWHERE = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
+LIBRARIES = {"torch", "pydantic", "numpy", "safetensors"}
+MESSAGE = 300
+"""Characters of a provider's message that are shown."""
 
 Outcome = Literal["ok", "FAILED", "skipped", "expected"]
 Factory = Callable[[], Any]
@@ -91,7 +98,7 @@ class Case:
     def _failed(self, message: str, error: BaseException) -> Result:
         if self.expected_failure is not None:
             return Result(self.check, "expected", self.expected_failure)
-        return Result(self.check, "FAILED", message, error)
+        return Result(self.check, "FAILED", " ".join(message.split()), error)
 
 
 TAKE_OUT = "take it out of expected_failures"
@@ -168,10 +175,17 @@ def isolated() -> Iterator[None]:
 
 def _told(error: Exception) -> str:
     """What was raised and where, in one line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if _is_the_providers(frame.filename)), frames[-1])
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-    text = " ".join(str(error).split()) or "no message"
+    text = " ".join(str(error).split())[:MESSAGE] or "no message"
     return f"it raises {type(error).__name__}: {text} ({frame.filename}:{frame.lineno}: {line})"
+
+
+def _is_the_providers(filename: str) -> bool:
+    """Whether a frame lies in the provider's own code, and not in a library, in Python or in the kit."""
+    parts = Path(filename).parts
+    return not (LIBRARIES & set(parts) or filename.startswith(ELSEWHERE))
 
 
 def _unknown(message: str, name: str, known: Mapping[str, Any]) -> ConfigError:
