@@ -518,5 +518,3 @@ class AnyNumberOfHeads(Layer):
     def __init__(self, d_model: int, num_heads: int, *args: Any) -> None:
         assert d_model % num_heads == 0
         super().__init__(d_model, num_heads, *args)
-
-

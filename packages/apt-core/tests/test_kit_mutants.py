@@ -47,7 +47,7 @@ def marked(names: dict[str, tuple[str, Any, str]]) -> Iterator[Any]:
         yield pytest.param(name, marks=[pytest.mark.slow_check] if checks_of(kind)[aim].slow else [])
 
 
-@pytest.mark.parametrize("name", marked(MUTANTS))
+@pytest.mark.parametrize("name", list(marked(MUTANTS)))
 def test_each_mutant_is_caught_by_the_check_aimed_at_it(name: str) -> None:
     kind, provider, aim = MUTANTS[name]
     result = case_of(kind, provider, aim).run()

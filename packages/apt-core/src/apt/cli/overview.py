@@ -13,6 +13,7 @@ COMMANDS = {
     "profile": "list the profiles that ship, show one in full, print the JSON Schema",
     "plugin-list": "list the plugins and providers that are installed",
     "plugin-info": "show what is known of one provider",
+    "plugin-check": "check that a provider keeps the contract of its kind",
     "doctor": "show hardware and versions, and what would fall back and why",
 }
 """Core's own commands, and a line about each."""

@@ -277,6 +277,23 @@ def _plugin_info(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.commands:run_plugin_info_command")
 
 
+def _plugin_check(parser: Parser) -> None:
+    parser.add_argument(
+        "provider",
+        nargs="?",
+        metavar="KIND:NAME",
+        help="such as attention:tva_default; those of every plugin if left out",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of its section; may be repeated"
+    )
+    parser.add_argument("--slow", action="store_true", help="run the slow checks too: torch.compile")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where to run layers, cpu, cuda or mps (%(default)s)"
+    )
+    parser.set_defaults(run_command="apt.cli.plugin_check:run_plugin_check_command")
+
+
 def _doctor(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
 
@@ -289,6 +306,7 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "profile": _profile,
     "plugin-list": _plugin_list,
     "plugin-info": _plugin_info,
+    "plugin-check": _plugin_check,
     "doctor": _doctor,
 }
 

@@ -54,7 +54,14 @@ _CHECKS: dict[str, dict[str, Check]] = {}
 
 _LAYERS = ("provider", "layer", "layer_state", "layer_dropout")
 _MODULES: dict[str, tuple[str, ...]] = {
-    "attention": (*_LAYERS, "attention", "attention_masks", "attention_cache", "attention_plain", "attention_capabilities"),
+    "attention": (
+        *_LAYERS,
+        "attention",
+        "attention_masks",
+        "attention_cache",
+        "attention_plain",
+        "attention_capabilities",
+    ),
     "ffn": (*_LAYERS, "ffn"),
     "router": (*_LAYERS, "router"),
     "align": ("provider", "align"),

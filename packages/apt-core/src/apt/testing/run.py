@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apt.core.catalogue import KINDS
-from apt.core.errors import HINT, ConfigError, ProviderError, did_you_mean
+from apt.core.device import pick_device
+from apt.core.errors import HINT, AptError, ConfigError, ProviderError, did_you_mean
 from apt.testing.check import Check, CheckFailure, CheckSkipped, checks_of
 
 ELSEWHERE = (sysconfig.get_path("stdlib"), str(Path(__file__).parent))
@@ -117,23 +118,25 @@ def cases(
     Args:
         kind: one of `apt.core.catalogue.KINDS`.
         factory: builds a fresh provider each time: its class, or a function without arguments.
-        expected_failures: {check: why it fails}.
+        expected_failures: {check: why it fails}, beside those that `factory.expected_failures` names: a class may carry
+            its own, so that whoever checks it knows them.
         name: the name that the provider is registered under, if it is known.
         device: where layers are built and run.
 
     Raises:
         ConfigError: there is no such kind, or an expected failure names no check of it.
+        DeviceError: there is no such device.
     """
     if kind not in KINDS:
         raise _unknown(f"there is no provider kind {kind!r}", kind, KINDS)
     known = checks_of(kind)
-    expected = dict(expected_failures or {})
+    expected: dict[str, str] = {**getattr(factory, "expected_failures", {}), **(expected_failures or {})}
     for check in expected:
         if check not in known:
             raise _unknown(f"expected_failures: {kind} has no check {check!r}", check, known)
     from apt.testing.subjects import SUBJECTS
 
-    subject = SUBJECTS[kind](kind, factory, name=name, device=device)
+    subject = SUBJECTS[kind](kind, factory, name=name, device=str(pick_device(device)))
     return [Case(check, subject, expected.get(check.name)) for check in known.values()]
 
 
@@ -174,7 +177,9 @@ def isolated() -> Iterator[None]:
 
 
 def _told(error: Exception) -> str:
-    """What was raised and where, in one line."""
+    """What was raised and where, in one line. The user's errors say by themselves what is wrong."""
+    if isinstance(error, AptError):
+        return f"it raises {type(error).__name__}: {error.message}"
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((frame for frame in reversed(frames) if _is_the_providers(frame.filename)), frames[-1])
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()

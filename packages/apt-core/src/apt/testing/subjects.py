@@ -1,4 +1,4 @@
-"""What the checks work on: a provider, and for kinds that build layers the sizes, weights and inputs to try them with."""
+"""What the checks work on: a provider, and for kinds that build layers the sizes, weights and inputs to try it with."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ class Subject:
         device: where layers are built and run.
     """
 
-    def __init__(
-        self, kind: str, factory: Callable[[], Any], *, name: str | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, kind: str, factory: Callable[[], Any], *, name: str | None = None, device: str = "cpu") -> None:
         self.kind = kind
         self.factory = factory
         self.name = name
@@ -53,9 +51,7 @@ class LayerSubject(Subject):
     Layers are built small and, on a CPU, in float64, where a difference of 1e-9 is a mistake and not rounding.
     """
 
-    def __init__(
-        self, kind: str, factory: Callable[[], Any], *, name: str | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, kind: str, factory: Callable[[], Any], *, name: str | None = None, device: str = "cpu") -> None:
         super().__init__(kind, factory, name=name, device=device)
         self.dtype = torch.float64 if self.device.type == "cpu" else torch.float32
 
@@ -230,7 +226,7 @@ class FFNSubject(LayerSubject):
 class RouterSubject(LayerSubject):
     """A provider that wraps feed-forward layers."""
 
-    def build(self, *, base: nn.Module | None = None) -> nn.Module:
+    def build(self, *, base: nn.Module | None = None, **options: Any) -> nn.Module:
         wrapped = self.provider().wrap_ffn(DenseFFN(self.d_model, 32) if base is None else base, {})
         if not isinstance(wrapped, nn.Module):
             raise CheckFailure(f"wrap_ffn returns {describe(wrapped)}, which is no torch.nn.Module")

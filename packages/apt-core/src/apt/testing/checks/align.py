@@ -221,7 +221,9 @@ def the_loss_is_deterministic(subject: Subject) -> None:
     first = loss_of(provider, batch)
     torch.manual_seed(1)
     again = loss_of(provider, batch)
-    require(torch.equal(first, again), f"two calls give {float(first):.6g} and {float(again):.6g}: keep nothing between")
+    require(
+        torch.equal(first, again), f"two calls give {float(first):.6g} and {float(again):.6g}: keep nothing between"
+    )
     for name, tensor in _tensors_of(batch).items():
         require(torch.equal(tensor, before[name]), f"{name} is changed in place: work on a copy")
 

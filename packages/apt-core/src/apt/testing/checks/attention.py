@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from apt.core.errors import HINT, ConfigError, did_you_mean
@@ -18,7 +20,7 @@ def capabilities_are_known(subject: AttentionSubject) -> None:
     """What it claims in `capabilities` is among the names that exist: a claim that nobody reads is refused at the first
     run that needs it."""
     layer = subject.build()
-    claimed = getattr(layer, "capabilities", frozenset())
+    claimed: Any = getattr(layer, "capabilities", frozenset())
     require(isinstance(claimed, (frozenset, set)), f"capabilities is {claimed!r}: make it a frozenset of names")
     for name in sorted(claimed):
         near = did_you_mean(str(name), CAPABILITIES, cutoff=HINT)

@@ -37,7 +37,9 @@ def in_steps(
 def full_pass(subject: AttentionSubject, layer: Any, x_BTD: Tensor, **given: Tensor) -> Tensor:
     """The outputs of all positions at once, without a cache."""
     padding = given.pop("key_padding_mask", None)
-    context = AttentionContext(**given) if given else None
+    context = (
+        AttentionContext(positions=given.get("positions"), document_ids=given.get("document_ids")) if given else None
+    )
     with torch.no_grad():
         return subject.attend(layer, x_BTD, key_padding_mask=padding, context=context)[0]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 
 from apt.core.providers.attention import AttentionContext
@@ -21,13 +24,13 @@ def documents_are_apart(subject: AttentionSubject) -> None:
     borders = ((0, 3, 7), (0, 1, 5, 7))
     documents, positions = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int64)
     for row, stops in enumerate(borders):
-        for number, (start, stop) in enumerate(zip(stops, stops[1:], strict=False)):
+        for number, (start, stop) in enumerate(pairwise(stops)):
             documents[row, start:stop] = number
             positions[row, start:stop] = torch.arange(stop - start)
     context = AttentionContext(positions=positions.to(subject.device), document_ids=documents.to(subject.device))
     packed = subject.attend(layer, x_BTD, context=context)[0]
     for row, stops in enumerate(borders):
-        for start, stop in zip(stops, stops[1:], strict=False):
+        for start, stop in pairwise(stops):
             require_equal(
                 packed[row : row + 1, start:stop],
                 subject.forward(layer, x_BTD[row : row + 1, start:stop]),
@@ -94,12 +97,14 @@ def weights_are_a_distribution(subject: AttentionSubject) -> None:
     layer, x_BTD = subject.layer(), subject.x()
     padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
     padding[1, 5:] = True
-    for what, masks in (("no mask", {}), ("padding", {"key_padding_mask": padding})):
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (("no mask", {}), ("padding", {"key_padding_mask": padding}))
+    for what, masks in cases:
         weights = subject.attend(layer, x_BTD, context=AttentionContext(need_weights=True), **masks)[1]
         require(weights is not None, "weights are asked for and None comes back")
         assert weights is not None
         wanted = (B, subject.num_heads, T, T)
         require(tuple(weights.shape) == wanted, f"the weights are {list(weights.shape)}, not {list(wanted)}")
+        weights = weights.detach()
         require(bool((weights >= 0).all()), f"the smallest weight is {float(weights.min()):.3g}: return the softmax")
         require_equal(
             weights.sum(-1),
@@ -120,7 +125,8 @@ def weights_change_no_output(subject: AttentionSubject) -> None:
     layer, x_BTD = subject.layer(), subject.x()
     blocked = torch.zeros(T, T, dtype=torch.bool, device=subject.device)
     blocked[4, 0] = blocked[3] = True
-    for what, masks in (("no mask", {}), ("an attn_mask", {"attn_mask": blocked})):
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (("no mask", {}), ("an attn_mask", {"attn_mask": blocked}))
+    for what, masks in cases:
         require_equal(
             subject.attend(layer, x_BTD, context=AttentionContext(need_weights=True), **masks)[0],
             subject.attend(layer, x_BTD, **masks)[0],

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,7 @@ def float_mask_is_added(subject: AttentionSubject) -> None:
     plain = subject.forward(layer, x_BTD)
     zeros = torch.zeros(T, T, dtype=subject.dtype, device=subject.device)
     advice = "a float mask is added to the scores before the softmax, in their dtype"
-    require_equal(
-        subject.attend(layer, x_BTD, attn_mask=zeros)[0], plain, "the output under a mask of zeros", advice
-    )
+    require_equal(subject.attend(layer, x_BTD, attn_mask=zeros)[0], plain, "the output under a mask of zeros", advice)
     blocked = some_blocked(subject)
     require_equal(
         subject.attend(layer, x_BTD, attn_mask=as_float(blocked, subject.dtype))[0],
@@ -151,14 +150,17 @@ def rows_that_see_nothing_are_finite(subject: AttentionSubject) -> None:
     padding[0] = True
     plain = subject.forward(layer, x_BTD)
     others = [t for t in range(T) if t != 3]
-    for what, masks, untouched in (
+    cases: tuple[tuple[str, dict[str, Any], Any], ...] = (
         ("a boolean attn_mask", {"attn_mask": blind}, (slice(None), others)),
         ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}, (slice(None), others)),
         ("padding", {"key_padding_mask": padding}, (1, slice(None))),
-    ):
+    )
+    for what, masks, untouched in cases:
         out = subject.attend(layer, x_BTD, **masks)[0]
         require_finite(out, f"with every key blocked by {what}, the output", advice)
-        require_equal(out[untouched], plain[untouched], f"beside rows that see nothing under {what}, the others", advice)
+        require_equal(
+            out[untouched], plain[untouched], f"beside rows that see nothing under {what}, the others", advice
+        )
     first = subject.attend(layer, x_BTD, attn_mask=blind)[0][:, 3]
     other = subject.attend(layer, subject.perturbed(x_BTD, slice(None), slice(0, 3)), attn_mask=blind)[0][:, 3]
     require_equal(other, first, "with other content in keys that are all blocked, the output", advice)
@@ -173,11 +175,12 @@ def rows_that_see_nothing_have_finite_gradients(subject: AttentionSubject) -> No
     blind[3] = True
     padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
     padding[0] = True
-    for what, masks in (
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
         ("a boolean attn_mask", {"attn_mask": blind}),
         ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}),
         ("padding", {"key_padding_mask": padding}),
-    ):
+    )
+    for what, masks in cases:
         layer, x_BTD = subject.layer(training=True), subject.x(grad=True)
         subject.attend(layer, x_BTD, **masks)[0].sum().backward()
         for name, tensor in [("the input", x_BTD), *layer.named_parameters()]:

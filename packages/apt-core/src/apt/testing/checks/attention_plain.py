@@ -53,14 +53,14 @@ def plain_attention(
         if hasattr(layer, "q_gain"):
             q_Td, k_Td = _normed(q_Td) * layer.q_gain, _normed(k_Td) * layer.k_gain
         for t in range(length):
-            seen = [
-                s for s in range(length) if (s <= t or not causal) and (blocked_TS is None or not blocked_TS[t, s])
-            ]
+            seen = [s for s in range(length) if (s <= t or not causal) and (blocked_TS is None or not blocked_TS[t, s])]
             if seen:
                 scores = k_Td[seen] @ q_Td[t] / math.sqrt(head_dim)
                 out_THd[t, h] = scores.exp() / scores.exp().sum() @ v_Td[seen]
-    out_TD = out_THd.flatten(1) @ layer.w_o.weight.T
-    return out_TD if layer.w_o.bias is None else out_TD + layer.w_o.bias
+    out_TD: Tensor = out_THd.flatten(1) @ layer.w_o.weight.T
+    if layer.w_o.bias is not None:
+        out_TD = out_TD + layer.w_o.bias
+    return out_TD
 
 
 def _turned(x_Td: Tensor, positions_T: Tensor, theta: float) -> Tensor:

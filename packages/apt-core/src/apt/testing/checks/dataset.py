@@ -83,7 +83,9 @@ def the_fingerprint_leaves_the_documents(subject: Subject) -> None:
     """Documents are the same whether their fingerprint was taken or not: core takes it first."""
     plain, asked = subject.provider(), subject.provider()
     asked.fingerprint()
-    require(some(plain) == some(asked), "after fingerprint() the documents are other ones: it used up what pieces reads")
+    require(
+        some(plain) == some(asked), "after fingerprint() the documents are other ones: it used up what pieces reads"
+    )
 
 
 @check("dataset")

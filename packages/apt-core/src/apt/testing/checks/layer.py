@@ -59,7 +59,9 @@ def gradcheck(subject: LayerSubject) -> None:
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(_Loss(subject, layer), {f"layer.{k}": v for k, v in given.items()}, (x,))
+        of_layer = {f"layer.{name}": value for name, value in given.items()}
+        loss: Tensor = torch.func.functional_call(_Loss(subject, layer), of_layer, (x,))
+        return loss
 
     loss = function(x_BTD, *values)
     grads = torch.autograd.grad(loss, [x_BTD, *values], allow_unused=True)
@@ -96,7 +98,8 @@ def every_parameter_learns(subject: LayerSubject) -> None:
                 f"the parameter {name} {list(parameter.shape)} gets {'no' if grad is None else 'a zero'} gradient: use "
                 "it, or set requires_grad to False",
             )
-            require_finite(parameter.grad, f"the gradient of {name}", "look for square roots and norms at zero")
+            assert grad is not None
+            require_finite(grad, f"the gradient of {name}", "look for square roots and norms at zero")
 
 
 @check(*LAYERS)

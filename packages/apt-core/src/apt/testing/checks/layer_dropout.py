@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from apt.testing.check import check
@@ -16,7 +18,7 @@ MANY = 1024
 def evaluation_is_deterministic(subject: LayerSubject) -> None:
     """In evaluation the output is the same, bit for bit, whatever the seed: without that no answer can be reproduced,
     and decoding with a cache differs from decoding without."""
-    options = {} if subject.kind == "router" else {"dropout": RATE}
+    options: dict[str, Any] = {} if subject.kind == "router" else {"dropout": RATE}
     layer, x_BTD = subject.layer(**options), subject.x()
     outputs = []
     for seed in (1, 2):
@@ -25,7 +27,7 @@ def evaluation_is_deterministic(subject: LayerSubject) -> None:
     difference = float((outputs[0] - outputs[1]).abs().max())
     require(
         torch.equal(*outputs),
-        f"two calls in evaluation differ by {difference:.3g}: pass self.training on to dropout, and draw no noise there",
+        f"two calls in evaluation differ by {difference:.3g}: hand self.training to dropout, and draw no noise there",
     )
 
 
@@ -33,7 +35,7 @@ def evaluation_is_deterministic(subject: LayerSubject) -> None:
 def training_follows_the_seed(subject: LayerSubject) -> None:
     """In training the same seed gives the same output and loss, call after call: a run is repeatable, and a resumed one
     goes on bit for bit, only if every random number comes from torch's generator and nothing else moves."""
-    options = {} if subject.kind == "router" else {"dropout": RATE}
+    options: dict[str, Any] = {} if subject.kind == "router" else {"dropout": RATE}
     layer, x_BTD = subject.layer(training=True, **options), subject.x()
     first: tuple[torch.Tensor, torch.Tensor | None] | None = None
     for _ in range(4):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
@@ -65,9 +67,7 @@ def deepcopy_is_independent(subject: LayerSubject) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(2).add_(1)
-    require_equal(
-        subject.forward(twin, x_BTD), before, "the output of a deep copy after the original changed", advice
-    )
+    require_equal(subject.forward(twin, x_BTD), before, "the output of a deep copy after the original changed", advice)
 
 
 @check(*LAYERS)
@@ -136,12 +136,12 @@ def global_state_is_left_alone(subject: LayerSubject) -> None:
     for (what, before), (_, after) in zip(settings, _settings(), strict=True):
         require(before == after, f"{what} was {before} and is {after} after building, forward and backward")
     before_torch, before_python = torch.get_rng_state(), random.getstate()
-    before_numpy = numpy.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    before_numpy = _numpy_state()
     subject.forward(layer, x_BTD)
     for what, same in (
         ("torch's", torch.equal(torch.get_rng_state(), before_torch)),
         ("Python's", random.getstate() == before_python),
-        ("NumPy's", numpy.random.get_state()[1].tolist() == before_numpy),  # type: ignore[union-attr]
+        ("NumPy's", _numpy_state() == before_numpy),
     ):
         require(same, f"forward in evaluation draws from {what} random generator: it may in training alone")
 
@@ -161,12 +161,17 @@ def evaluation_changes_nothing(subject: LayerSubject) -> None:
         )
 
 
-def _same(provider: object) -> object:
+def _same(provider: Any) -> Callable[[], Any]:
     return lambda: provider
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
     return [*layer.parameters(), *layer.buffers()]
+
+
+def _numpy_state() -> tuple[int, list[int]]:
+    state: dict[str, Any] = numpy.random.get_state(legacy=False)["state"]
+    return state["pos"], state["key"].tolist()
 
 
 def _settings() -> list[tuple[str, object]]:

@@ -48,7 +48,7 @@ def names_itself(subject: Subject) -> None:
 @check(*KINDS)
 def dependencies_are_requirements(subject: Subject) -> None:
     """`get_dependencies` lists requirements as pip reads them: they are what a user is told to install."""
-    found = getattr(subject.provider(), "get_dependencies", list)()
+    found: Any = getattr(subject.provider(), "get_dependencies", list)()
     require(isinstance(found, list), f"get_dependencies returns {describe(found)}, not a list")
     for requirement in found:
         try:

@@ -102,7 +102,9 @@ def the_output_stays_near(subject: Subject) -> None:
     out = run(quantized(subject, model))
     require_finite(out, "the quantised model's output", "look at the scales")
     error = relative_error(out, run(model))
-    require(error < NEAR, f"the output is off by {error:.0%} in norm, {NEAR:.0%} are allowed: look at scale and rounding")
+    require(
+        error < NEAR, f"the output is off by {error:.0%} in norm, {NEAR:.0%} are allowed: look at scale and rounding"
+    )
 
 
 @check("quant")
@@ -110,7 +112,9 @@ def it_takes_fewer_bytes(subject: Subject) -> None:
     """The state dict is smaller: a scheme that keeps what it has quantised in full costs quality and saves nothing."""
     model = TinyModel()
     before, after = size(model), size(quantized(subject, model))
-    require(after < 0.7 * before, f"the state dict takes {after:,} bytes, and {before:,} before: keep the integers alone")
+    require(
+        after < 0.7 * before, f"the state dict takes {after:,} bytes, and {before:,} before: keep the integers alone"
+    )
 
 
 @check("quant")
@@ -214,7 +218,7 @@ def preparing_keeps_the_state_dict(subject: Subject) -> None:
     """A model prepared for training has the same state dict, computes a gradient for every parameter, and is no other
     model after it is loaded again: such a run is opened without the scheme."""
     provider = subject.provider()
-    prepare = getattr(provider, "prepare", None)
+    prepare: Any = getattr(provider, "prepare", None)
     if prepare is None:
         skip("it does not train for its scheme: it has no prepare")
     model = TinyModel()

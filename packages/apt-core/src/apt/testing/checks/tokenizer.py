@@ -152,7 +152,9 @@ def saved_and_loaded_it_is_the_same(subject: Subject) -> None:
         was, now = encoded(tokenizer, text), encoded(loaded, text)
         require(was == now, f"after load {text!r:.30} has other ids, {first_difference(now or [], was or [])}")
         if was is not None:
-            require(loaded.decode(was) == tokenizer.decode(was), f"after load the ids of {text!r:.30} decode differently")
+            require(
+                loaded.decode(was) == tokenizer.decode(was), f"after load the ids of {text!r:.30} decode differently"
+            )
 
 
 @check("tokenizer")

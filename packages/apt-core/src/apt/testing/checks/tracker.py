@@ -54,14 +54,24 @@ def a_run_is_followed(subject: Subject) -> None:
 def any_record_is_taken(subject: Subject) -> None:
     """Whatever JSON holds is taken: strings, None, booleans, lists, nested values, huge integers, NaN and infinity, and
     records that have nothing but step and epoch. Plugins add entries of their own, and a loss may turn NaN."""
-    odd = {"note": "text \u2603", "none": None, "flag": True, "list": [1, 2.5], "nested": {"a": {"b": 1}}, "big": 2**70}
+    odd: dict[str, Any] = {
+        "note": "text \u2603",
+        "none": None,
+        "flag": True,
+        "list": [1, 2.5],
+        "nested": {"a": {"b": 1}},
+        "big": 2**70,
+    }
+    others: list[dict[str, Any]] = [odd, {"loss": float("nan")}, {"loss": float("inf")}, {"a/b c": 1, "": 2}]
     with started(subject) as (tracker, _):
-        for number, more in enumerate((odd, {"loss": float("nan")}, {"loss": float("inf")}, {"a/b c": 1, "": 2})):
+        for number, more in enumerate(others):
             try:
                 tracker.log(record(number, **more))
             except Exception as error:
                 shown = repr(more)[:60]
-                require(False, f"a record with {shown} raises {type(error).__name__}: {error}; pass over what is no number")
+                require(
+                    False, f"a record with {shown} raises {type(error).__name__}: {error}; pass over what is no number"
+                )
         tracker.log({"event": "eval", "step": 9, "epoch": 1})
 
 

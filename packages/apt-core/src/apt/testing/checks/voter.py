@@ -28,10 +28,11 @@ DOMINATED = candidates(("42", -1.0), ("17", -6.0), ("42", -1.5), ("99", -7.0), (
 
 def winner(provider: Any, of: list[Candidate]) -> Candidate:
     """The candidate that wins."""
-    index = provider.vote(of)
+    index: Any = provider.vote(of)
     is_index = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(of)
     require(is_index, f"vote returns {describe(index)} for {len(of)} candidates: return an index from 0")
-    return of[index]
+    won: Candidate = of[index]
+    return won
 
 
 @check("voter")
