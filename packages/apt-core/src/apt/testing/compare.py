@@ -62,10 +62,16 @@ def require_change(after: Tensor, before: Tensor, what: str, advice: str) -> Non
         raise CheckFailure(f"{what}: nothing changed by more than {moved:.3g}; {advice}")
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, in norm."""
+    exact = expected.detach().double()
+    return float((actual.detach().double() - exact).norm() / exact.norm())
+
+
 def _allowed(actual: Tensor, expected: Tensor, table: dict[torch.dtype, float]) -> float:
     coarser = max(table.get(tensor.dtype, table[torch.float32]) for tensor in (actual, expected))
     scale = float(expected.double().abs().max()) if expected.numel() else 1.0
     return coarser * max(1.0, scale)
 
 
-__all__ = ["NOTICEABLE", "TOLERANCE", "require", "require_change", "require_equal", "require_finite"]
+__all__ = ["NOTICEABLE", "TOLERANCE", "relative_error", "require", "require_change", "require_equal", "require_finite"]

@@ -214,7 +214,8 @@ def low_precision_is_enough(subject: Subject) -> None:
 
 @check("align")
 def the_loss_is_deterministic(subject: Subject) -> None:
-    """The same predictions give the same loss, and neither they nor the states are written to."""
+    """The same predictions give the same loss, and neither they nor the states are written to: other losses of the step
+    read them too, and a run must be repeatable."""
     provider, batch = switched_on(subject), Batch()
     before = {name: tensor.clone() for name, tensor in _tensors_of(batch).items()}
     torch.manual_seed(1)

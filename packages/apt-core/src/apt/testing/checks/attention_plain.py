@@ -87,7 +87,8 @@ def equals_plain_softmax(subject: AttentionSubject) -> None:
 
 @check("attention", needs="mha", may_refuse=True)
 def equals_plain_softmax_under_masks(subject: AttentionSubject) -> None:
-    """The same without causality and under masks, where each row of the batch has its own."""
+    """The same without causality and under masks, of which each row of the batch has its own: many keys of one query are
+    blocked at once, as in real masks."""
     layer, x_BTD = subject.layer(causal=False), subject.x()
     blocked = torch.rand(B, T, T, generator=torch.Generator().manual_seed(8)) < 0.4
     blocked |= torch.eye(T, dtype=torch.bool).logical_not() & (torch.arange(T) == 2)
@@ -108,8 +109,8 @@ def equals_plain_softmax_under_masks(subject: AttentionSubject) -> None:
 
 @check("attention", needs=("mha", "context"))
 def equals_plain_softmax_at_positions(subject: AttentionSubject) -> None:
-    """The same at positions that are given, far apart and large ones too: they turn queries and keys, and nothing
-    else."""
+    """The same at positions that are given, far apart and large ones too: long contexts and packed documents have such,
+    and a table of angles that is too short ends there."""
     positions = torch.tensor([0, 1, 2, 5, 60, 700, 5000], device=subject.device)
     _compare(subject, "at the positions 0, 1, 2, 5, 60, 700, 5000", positions)
 

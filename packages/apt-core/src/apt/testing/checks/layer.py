@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.testing.check import check
-from apt.testing.compare import require, require_change, require_equal, require_finite
+from apt.testing.compare import relative_error, require, require_change, require_equal, require_finite
 from apt.testing.subjects import LayerSubject, probe, skip
 
 LAYERS = ("attention", "ffn", "router")
@@ -125,7 +125,7 @@ def bfloat16(subject: LayerSubject) -> None:
     coarse, x_coarse = subject.layer(dtype=torch.bfloat16), subject.x(dtype=torch.bfloat16, grad=True)
     out = subject.forward(coarse, x_coarse)
     require(out.dtype == torch.bfloat16, f"an input of bfloat16 gives {out.dtype}: look for a fixed dtype")
-    error = float((out.double() - exact.double()).norm() / exact.double().norm())
+    error = relative_error(out, exact)
     if subject.kind != "router":  # rounding may send a token to another expert
         require(error < 0.1, f"in bfloat16 the output is off by {error:.0%} in norm; 10% are allowed: sum in float32")
     subject.loss(coarse, x_coarse).backward()
@@ -143,7 +143,7 @@ def autocast(subject: LayerSubject) -> None:
     with torch.autocast(subject.device.type, torch.bfloat16):
         out = subject.forward(layer, x_BTD)
         loss = subject.loss(layer.train(), x_BTD)
-    error = float((out.double() - exact.double()).norm() / exact.double().norm())
+    error = relative_error(out, exact)
     if subject.kind != "router":
         require(error < 0.1, f"under autocast the output is off by {error:.0%} in norm; 10% are allowed")
     loss.backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apt.core.errors import ConfigError, ProviderError
 from apt.testing.check import check
-from apt.testing.compare import require, require_equal, require_finite
+from apt.testing.compare import relative_error, require, require_equal, require_finite
 from apt.testing.subjects import Subject, skip
 
 NEAR = 0.25
@@ -87,11 +87,6 @@ def quantized(subject: Subject, model: nn.Module) -> Any:
 def size(model: nn.Module) -> int:
     """Bytes of the state dict."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """In norm."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @check("quant")

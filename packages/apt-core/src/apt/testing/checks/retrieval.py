@@ -93,7 +93,8 @@ def any_query_is_answered(subject: Subject) -> None:
 
 @check("retrieval")
 def an_empty_index_finds_nothing(subject: Subject) -> None:
-    """With nothing indexed, or an empty list, nothing is found, and nothing is raised."""
+    """With nothing indexed, or an empty list, nothing is found, and nothing is raised: a folder of documents may be
+    empty, and an answer without sources is still one."""
     provider = subject.provider()
     require(not list(provider.retrieve("glaciers", 3)), "something is found before anything was indexed")
     provider.add([])
@@ -128,7 +129,8 @@ def a_source_is_replaced(subject: Subject) -> None:
 
 @check("retrieval")
 def asking_changes_nothing(subject: Subject) -> None:
-    """The same query gives the same results, whatever was asked between."""
+    """The same query gives the same results, whatever was asked between: an index that learns from what it is asked
+    cannot be measured, and shows one user what another has asked."""
     provider = filled(subject)
     query = "light from old mountains"
     first = list(provider.retrieve(query, 5))
