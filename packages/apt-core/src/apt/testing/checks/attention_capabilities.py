@@ -64,7 +64,8 @@ def cross_attention_reads_the_memory(subject: AttentionSubject) -> None:
 
 @check("attention", needs="cross_attention")
 def cross_attention_depends_on_the_query(subject: AttentionSubject) -> None:
-    """In cross-attention an output depends on its own query and on no other one."""
+    """In cross-attention an output depends on its own query and on no other one: a decoder's queries must not read each
+    other past its causal self-attention."""
     layer, x_BTD, memory = subject.layer(causal=False), subject.x(), subject.x(seed=3, length=S)
     before = subject.attend(layer, x_BTD, memory)[0]
     after = subject.attend(layer, subject.perturbed(x_BTD, slice(None), 2), memory)[0]

@@ -87,8 +87,8 @@ def equals_plain_softmax(subject: AttentionSubject) -> None:
 
 @check("attention", needs="mha", may_refuse=True)
 def equals_plain_softmax_under_masks(subject: AttentionSubject) -> None:
-    """The same without causality and under masks, of which each row of the batch has its own: many keys of one query are
-    blocked at once, as in real masks."""
+    """The same without causality and under masks, of which each row of the batch has its own: many keys of one query
+    are blocked at once, as in real masks."""
     layer, x_BTD = subject.layer(causal=False), subject.x()
     blocked = torch.rand(B, T, T, generator=torch.Generator().manual_seed(8)) < 0.4
     blocked |= torch.eye(T, dtype=torch.bool).logical_not() & (torch.arange(T) == 2)

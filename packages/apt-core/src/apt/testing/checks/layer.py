@@ -137,7 +137,7 @@ def bfloat16(subject: LayerSubject) -> None:
 @check(*LAYERS)
 def autocast(subject: LayerSubject) -> None:
     """Under autocast to bfloat16, with weights in float32, forward and backward work and the gradients are finite: so
-    `hardware.precision: bf16` trains."""
+    `training.mixed_precision: bf16` trains."""
     layer, x_BTD = subject.layer(dtype=torch.float32, training=True), subject.x(dtype=torch.float32, grad=True)
     exact = subject.forward(layer.eval(), x_BTD).detach()
     with torch.autocast(subject.device.type, torch.bfloat16):
