@@ -66,8 +66,8 @@ def render() -> str:
         f"There are {different} of them; those that kinds share counted for each: {counts}.",
         "",
         f"The kit is itself tested with {len(MUTANTS)} *mutants*, {of_attention} of them of attention: plain correct",
-        "providers with one thing changed. Each is caught by the check that is aimed at it, each check catches at least",
-        "one, and the plain providers and core's own pass. What each mutant does wrong is listed at the end.",
+        "providers with one thing changed. Each is caught by the check that is aimed at it, each check catches at",
+        "least one, and the plain providers and core's own pass. What each mutant does wrong is listed at the end.",
     ]
     for home, checks in groups.items():
         lines += ["", f"### {TITLES[home]}", "", "| check | what it proves, and why | catches |", "|---|---|---|"]

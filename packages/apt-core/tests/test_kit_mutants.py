@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import kit_mutants_attention
+import kit_mutants_cache  # noqa: F401  its mutants join those of attention
 import kit_mutants_data
 import kit_mutants_kinds
 import kit_mutants_layers

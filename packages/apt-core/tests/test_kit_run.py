@@ -223,6 +223,22 @@ def test_a_run_leaves_the_world_as_it_was() -> None:
     assert random.getstate() == states[1]
 
 
+def test_what_is_compiled_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> tuple[str, str]:
+        return outcome("attention", PlainAttention, "compiles_as_one_graph")
+
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: module)
+    assert check() == ("ok", "")
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: lambda x: module(x) * 1.01)
+    assert "the compiled layer's output, beside that of the layer: off by" in check()[1]
+
+    def refuse(module: nn.Module, fullgraph: bool) -> nn.Module:
+        raise RuntimeError("graph break\n  from user code")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert "fails: RuntimeError: graph break from user code; look for .item()" in check()[1]
+
+
 # The record
 
 

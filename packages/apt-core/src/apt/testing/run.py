@@ -179,7 +179,7 @@ def isolated() -> Iterator[None]:
 def _told(error: Exception) -> str:
     """What was raised and where, in one line. The user's errors say by themselves what is wrong."""
     if isinstance(error, AptError):
-        return f"it raises {type(error).__name__}: {error.message}"
+        return f"it raises {type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((frame for frame in reversed(frames) if _is_the_providers(frame.filename)), frames[-1])
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()

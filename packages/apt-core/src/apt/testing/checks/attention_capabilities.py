@@ -138,7 +138,8 @@ def weights_change_no_output(subject: AttentionSubject) -> None:
 
 @check("attention", needs=("weights", "cache"))
 def weights_count_cached_keys(subject: AttentionSubject) -> None:
-    """With a cache the weights are over all keys, the cached ones first, as in the full pass."""
+    """With a cache the weights are over all keys, the cached ones first, as in the full pass: what a generated token
+    looked at lies mostly behind it."""
     layer, x_BTD = subject.layer(), subject.x()
     with torch.no_grad():
         expected = subject.attend(layer, x_BTD, context=AttentionContext(need_weights=True))[1]
