@@ -94,7 +94,10 @@ def test_settings_are_given_by_key(run_apt: RunApt, toy: None) -> None:
     assert "its section does not fit: verse" in result.err
 
 
-def test_without_an_argument_every_plugins_providers_are_checked(run_apt: RunApt, toy: None) -> None:
+def test_without_an_argument_every_plugins_providers_are_checked(
+    run_apt: RunApt, toy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APT_PLUGINS", "toy")
     result = run_apt("plugin-check")
     assert result.code == 1
     assert "dataset:picky is not checked: " in result.out

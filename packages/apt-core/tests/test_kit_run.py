@@ -180,6 +180,14 @@ def test_an_error_in_the_provider_says_where_it_was_raised() -> None:
     assert f"{Path(__file__).name}:" in message
 
 
+def test_a_provider_that_ends_the_process_fails_its_check_alone() -> None:
+    class Leaves(PlainFFN):
+        def create_layer(self, *args: Any, **options: Any) -> nn.Module:
+            raise SystemExit(3)
+
+    assert "SystemExit: 3" in outcome("ffn", Leaves, "output_shape")[1]
+
+
 def test_no_module_is_said_as_such() -> None:
     class Number(PlainFFN):
         def create_layer(self, *args: Any, **options: Any) -> Any:

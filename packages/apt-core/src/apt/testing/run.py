@@ -80,7 +80,7 @@ class Case:
                 lacking = f"it refuses: {error.message}"
             except CheckFailure as error:
                 return self._failed(str(error), error)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return self._failed(_told(error), error)
         if lacking is not None:
             if self.expected_failure is not None:
@@ -176,7 +176,7 @@ def isolated() -> Iterator[None]:
         numpy.random.set_state(own)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """What was raised and where, in one line. The user's errors say by themselves what is wrong."""
     if isinstance(error, AptError):
         return f"it raises {type(error).__name__}: {error}"
