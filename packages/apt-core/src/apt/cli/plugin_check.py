@@ -126,8 +126,10 @@ def _builder(claim: Registration, settings: Mapping[str, Any]) -> Callable[[], A
     try:
         build()
     except ConfigError as error:
-        fix = f"give its section: apt plugin-check {claim.slot} --set KEY=VALUE"
-        raise ConfigError(error.message, hint=error.hint or fix) from error
+        fix = (
+            f"give them here with --set KEY=VALUE; {error.hint}" if error.hint else "give its keys with --set KEY=VALUE"
+        )
+        raise ConfigError(error.message, hint=fix) from error
     return build
 
 

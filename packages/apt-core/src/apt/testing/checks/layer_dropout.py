@@ -24,7 +24,7 @@ def evaluation_is_deterministic(subject: LayerSubject) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         outputs.append(subject.forward(layer, x_BTD))
-    difference = float((outputs[0] - outputs[1]).abs().max())
+    difference = float((outputs[0] - outputs[1]).detach().abs().max())
     require(
         torch.equal(*outputs),
         f"two calls in evaluation differ by {difference:.3g}: hand self.training to dropout, and draw no noise there",
