@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from apt.builtin.plugin import apt_register_providers
+from apt.builtin.voter import EntropyVoter, SelfConsistencyVoter
 from apt.core.registry import Registry
 from apt.data.sources import FilesDataset, StdlibDataset
 from apt.data.tokenizers import (
@@ -90,6 +91,18 @@ def test_bpe(check: Any) -> None:
     check()
 
 
+@parametrize_with_checks("voter", EntropyVoter, at_least=12, name="entropy")
+def test_entropy_voter(check: Any) -> None:
+    check()
+
+
+@parametrize_with_checks(
+    "voter", lambda: SelfConsistencyVoter({"pattern": r"\d+"}), at_least=12, name="self_consistency"
+)
+def test_self_consistency_voter(check: Any) -> None:
+    check()
+
+
 def test_files(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"document {number}, größer\n" * (number + 1), encoding="utf-8")
@@ -120,6 +133,6 @@ def test_tensorboard() -> None:
 def test_none_is_left_out() -> None:
     registry = Registry()
     apt_register_providers(registry)
-    known = {claim.slot for claim in registry.claims() if claim.kind != "voter"}
+    known = {claim.slot for claim in registry.claims()}
     source = Path(__file__).read_text(encoding="utf-8")
     assert {slot for slot in known if f'name="{slot.partition(":")[2]}"' not in source} == set()

@@ -72,7 +72,7 @@ def dropout_keeps_the_mean(subject: LayerSubject) -> None:
     mean_TD = subject.forward(layer, x_1TD.expand(MANY, -1, -1)).mean(0)
     still_TD = subject.forward(layer.eval(), x_1TD)[0]
     # Compared along the exact output, where the noise of the draws averages out.
-    share = float((mean_TD * still_TD).sum() / still_TD.square().sum())
+    share = float((mean_TD * still_TD).sum().detach() / still_TD.square().sum().detach())
     require(
         abs(share - 1) < 0.15,
         f"the mean of {MANY} draws is {share:.2f} times the output without dropout: scale by 1 / (1 - p), as F.dropout",
