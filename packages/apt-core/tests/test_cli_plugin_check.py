@@ -16,12 +16,16 @@ def apt_register_providers(registry):
     registry.register("dataset", "rhymes", "toy_data:Rhymes", version="{version}")
     registry.register("dataset", "wrong", "toy_data:Wrong", version="0.1")
     registry.register("dataset", "picky", "toy_data:Picky", version="0.1")
+    registry.register("ffn", "elsewhere", "toy_data:Elsewhere", version="0.1")
+    registry.register("dataset", "broken", "toy_data:Broken", version="0.1")
 """
 
 PROVIDERS = """
 import itertools
 from pydantic import BaseModel, ConfigDict
+from apt.core.errors import ProviderError
 from apt.core.providers.dataset import DatasetProvider, Piece
+from apt.core.providers.ffn import FFNProvider
 
 
 class Settings(BaseModel):
@@ -47,12 +51,24 @@ class Wrong(Rhymes):
     def size_hint(self): return 1
 
 
+class Broken(Rhymes):
+    def get_name(self): return "broken"
+    def pieces(self): raise ZeroDivisionError("in the provider")
+
+
 class Path(BaseModel):
     path: str
 
 
 class Picky(Rhymes):
     Config = Path
+
+
+class Elsewhere(FFNProvider):
+    def get_name(self): return "elsewhere"
+    def get_version(self): return "0.1"
+    def create_layer(self, d_model, d_ff, **config):
+        raise ProviderError("it needs a GPU", hint="buy one")
 """
 
 
@@ -85,6 +101,14 @@ def test_a_failure_says_what_is_wrong_and_ends_in_1(run_apt: RunApt, toy: None) 
     assert "1 expected to fail" in result.out.splitlines()[-1]
 
 
+def test_what_cannot_be_built_here_is_said_once(run_apt: RunApt, toy: None) -> None:
+    result = run_apt("plugin-check", "ffn:elsewhere")
+    assert (result.code, result.out, result.err) == (2, "", "error: it needs a GPU\n  fix: buy one\n")
+    result = run_apt("plugin-check", "dataset:broken")
+    assert result.code == 1
+    assert "FAILED    pieces_are_text: it raises ZeroDivisionError: in the provider (" in result.out
+
+
 def test_settings_are_given_by_key(run_apt: RunApt, toy: None) -> None:
     result = run_apt("plugin-check", "dataset:rhymes", "--set", "verses=5")
     assert (result.code, result.out.splitlines()[0]) == (0, "dataset:rhymes 0.1 (apt-toy 0.9) with verses=5")
@@ -102,7 +126,9 @@ def test_without_an_argument_every_plugins_providers_are_checked(
     assert result.code == 1
     assert "dataset:picky is not checked: " in result.out
     assert "--set KEY=VALUE" in result.out
-    assert result.out.splitlines()[-1] == "2 of 3 providers checked, some failed; not checked: dataset:picky"
+    assert "ffn:elsewhere is not checked: it needs a GPU (buy one)" in result.out
+    last = "3 of 5 providers checked, some failed; not checked: dataset:picky, ffn:elsewhere"
+    assert result.out.splitlines()[-1] == last
     assert run_apt("plugin-check", "--set", "verses=3").code == 2
 
 
@@ -143,6 +169,8 @@ def test_info_shows_the_last_result_and_of_which_version(
         (["ffn:default", "--device", "abacus"], "use auto, cpu"),
         (["router:topk_moe"], "apt-plugin-moe"),
         (["dataset:files"], "--set KEY=VALUE"),
+        (["dataset:files", "--set", "train_path=nowhere.txt"], "nowhere.txt does not exist"),
+        (["tokenizer:file", "--set", "path=nowhere.json"], "nowhere.json cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_and_a_fix(run_apt: RunApt, arguments: list[str], error: str) -> None:

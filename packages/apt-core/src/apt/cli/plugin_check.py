@@ -70,6 +70,7 @@ def _check(claim: Registration, settings: Mapping[str, Any], *, slow: bool, devi
     words = ", ".join(f"{key}={value}" for key, value in settings.items())
     build = _builder(claim, settings)
     every = cases(claim.kind, build, getattr(claim.load(), "expected_failures", None), name=claim.name, device=device)
+    _try_out(every[0].subject)
     print(heading(f"{claim.slot} {version} ({package})") + (f" with {words}" if words else ""), flush=True)
     started, counts = time.monotonic(), Counter[str]()
     with warnings.catch_warnings():
@@ -112,7 +113,7 @@ def _line(result: Result) -> str:
 
 
 def _builder(claim: Registration, settings: Mapping[str, Any]) -> Callable[[], Any]:
-    """Builds the provider with these settings; tried once, so that what cannot be built says so at once."""
+    """Builds the provider with these settings."""
     from apt.core.registry import Registry
 
     provider_class = claim.load()
@@ -123,14 +124,24 @@ def _builder(claim: Registration, settings: Mapping[str, Any]) -> Callable[[], A
         registry.register(claim.kind, claim.name, provider_class)
         return registry.get(claim.kind, claim.name, copy.deepcopy(dict(settings)), fallback=False)
 
-    try:
-        build()
-    except ConfigError as error:
-        fix = (
-            f"give them here with --set KEY=VALUE; {error.hint}" if error.hint else "give its keys with --set KEY=VALUE"
-        )
-        raise ConfigError(error.message, hint=fix) from error
     return build
+
+
+def _try_out(subject: Any) -> None:
+    """Raise what is wrong with this machine or with the settings; what is wrong with the provider, the checks say."""
+    from apt.testing.run import isolated
+
+    with isolated(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            subject.try_out()
+        except ConfigError as error:
+            fix = "give its keys with --set KEY=VALUE"
+            raise ConfigError(error.message, hint=f"{fix}; {error.hint}" if error.hint else fix) from error
+        except AptError:
+            raise
+        except (Exception, SystemExit):
+            return
 
 
 def _find(registry: Registry, text: str) -> Registration:

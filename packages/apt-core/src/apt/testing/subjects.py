@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, supports
+from apt.core.providers.dataset import Piece
 from apt.testing.check import CheckFailure, CheckSkipped
 
 B, T = 2, 7
@@ -38,6 +39,16 @@ class Subject:
         """A fresh provider."""
         return self.factory()
 
+    def try_out(self) -> None:
+        """Use it once, in the simplest way: what is missing here, a library, a file or a setting, shows at once."""
+        provider = self.provider()
+        if self.kind == "retrieval":
+            provider.retrieve("anything", 1)
+        elif self.kind == "dataset":
+            next(iter(provider.pieces()), None)
+        elif self.kind == "tokenizer":
+            provider.build(lambda: [Piece("a little text\n")])
+
     def lacks(self, need: str) -> str | None:
         """Why the provider cannot do what a check needs; None if it says that it can."""
         if need == "config":
@@ -59,6 +70,9 @@ class LayerSubject(Subject):
     def d_model(self) -> int:
         """Width D of the layers under test."""
         return 16
+
+    def try_out(self) -> None:
+        self.build()
 
     def build(self, **options: Any) -> nn.Module:
         """A layer as the provider builds it."""
