@@ -193,6 +193,7 @@ def test_info_shows_what_is_known(run_apt: RunApt, toy: None) -> None:
         "version": "0.3", "is default": "no", "class": "toy_router:Router", "summary": "Sends every token everywhere.",
         "plugin": "toy", "distribution": "apt-toy", "dependencies": "nothing-like-it>=2", "excludes": "quant:int8",
         "requires": "none", "section": "model.everywhere", "weights layout": "none",
+        "conformance": "not checked yet: apt plugin-check router:everywhere",
     }  # fmt: skip
 
 

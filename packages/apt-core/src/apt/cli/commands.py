@@ -53,11 +53,15 @@ def run_plugin_info_command(args: Namespace) -> int:
     """Show what is known of the provider `args.kind`:`args.name`."""
     from apt.cli.screen import columns, heading
     from apt.core.discovery import discover
+    from apt.testing.record import read
 
     _check_kind(args.kind)
     registry = discover().registry_of_a_run()
     info = registry.get_info(args.kind, args.name)
     info["section"] = f"{KINDS[args.kind]}.{info['section']}"
+    checked = read(args.kind, args.name)
+    never = f"not checked yet: apt plugin-check {args.kind}:{args.name}"
+    info["conformance"] = checked.summary(info["version"]) if checked else never
     print(heading(f"{args.kind}:{args.name}"))
     rows = [(key.replace("_", " "), _readable(value)) for key, value in info.items() if key not in ("kind", "name")]
     print("\n".join(columns(rows)))

@@ -15,6 +15,7 @@ COMMANDS = {
     "plugin-info": "show what is known of one provider",
     "plugin-lock": "write down the plugins that a profile uses, for apt train --frozen",
     "inspect": "show what a run is made of and what it has saved, without its plugins",
+    "plugin-check": "check that a provider keeps the contract of its kind",
     "doctor": "show hardware and versions, and what would fall back and why",
 }
 """Core's own commands, and a line about each."""

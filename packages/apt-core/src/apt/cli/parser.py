@@ -311,6 +311,23 @@ def _inspect(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.inspect:run_inspect_command")
 
 
+def _plugin_check(parser: Parser) -> None:
+    parser.add_argument(
+        "provider",
+        nargs="?",
+        metavar="KIND:NAME",
+        help="such as attention:tva_default; those of every plugin if left out",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of its section; may be repeated"
+    )
+    parser.add_argument("--slow", action="store_true", help="run the slow checks too: torch.compile")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where to run layers, cpu, cuda or mps (%(default)s)"
+    )
+    parser.set_defaults(run_command="apt.cli.plugin_check:run_plugin_check_command")
+
+
 def _doctor(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
 
@@ -325,6 +342,7 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "plugin-info": _plugin_info,
     "plugin-lock": _plugin_lock,
     "inspect": _inspect,
+    "plugin-check": _plugin_check,
     "doctor": _doctor,
 }
 

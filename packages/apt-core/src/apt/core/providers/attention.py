@@ -63,7 +63,12 @@ class AttentionProvider(Provider):
     """
 
     weights_layout: ClassVar[str | None] = None
-    """Providers whose layers share parameter names and shapes share this name: checkpoints move between them."""
+    """Providers whose layers share parameter names and shapes, and compute one function of them, share this name:
+    checkpoints move between them.
+
+    "mha" is softmax attention as it is defined, with the parameters of `mha`: `w_qkv` (queries of H heads, then keys
+    and values of K heads, each Dh wide) and `w_o`, with biases or without, and the gains `q_gain` and `k_gain` of an
+    RMS norm behind the rotation, if there are any. The conformance kit holds whoever claims it to that definition."""
 
     @abstractmethod
     def create_layer(
