@@ -14,6 +14,7 @@ COMMANDS = {
     "plugin-list": "list the plugins and providers that are installed",
     "plugin-info": "show what is known of one provider",
     "plugin-check": "check that a provider keeps the contract of its kind",
+    "plugin-new": "write a plugin of your own, to start from",
     "doctor": "show hardware and versions, and what would fall back and why",
 }
 """Core's own commands, and a line about each."""
