@@ -297,7 +297,7 @@ def _plugin_check(parser: Parser) -> None:
 def _plugin_new(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help='what it is called, such as sliding-window; "apt-" goes before it')
     parser.add_argument("--kind", required=True, metavar="K", help=f"what it brings: {', '.join(KINDS)}")
-    parser.add_argument("--dir", metavar="D", help="the folder to write; the plugin's name, in this folder, if left out")
+    parser.add_argument("--dir", metavar="D", help="the folder to write (apt-NAME, in this one)")
     parser.set_defaults(run_command="apt.cli.scaffold:run_plugin_new_command")
 
 

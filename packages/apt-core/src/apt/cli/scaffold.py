@@ -25,7 +25,7 @@ from apt.hookspecs import API_VERSION
 
 TEMPLATES = Path(__file__).parent / "templates"
 PACKAGE, ENDING = "PACKAGE", ".tmpl"
-LONGEST = 40
+LONGEST = 28
 """Letters of a name: a line of the templates has room for no more."""
 
 
@@ -57,7 +57,7 @@ STARTERS = {
         "Router",
         "A mixture of experts in which each token visits one",
         "apt train --profile tiny_debug --model.router_name $plugin --model.moe.enabled true",
-        ', section="moe"',
+        '\n        section="moe",',
     ),
     "align": Starter(
         "Align",
@@ -202,7 +202,6 @@ def write_plugin(names: Names, kind: str, folder: Path) -> list[Path]:
         "plugin": names.plugin,
         "distribution": names.distribution,
         "package": names.package,
-        "stem": stem,
         "provider": stem + starter.suffix,
         "kind": kind,
         "summary": starter.summary,
