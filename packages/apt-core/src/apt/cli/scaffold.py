@@ -20,7 +20,7 @@ from string import Template
 
 from apt import __version__
 from apt.core.catalogue import ENTRY_POINTS, KINDS, PLUGINS, PROVIDERS
-from apt.core.errors import SLIP, ConfigError, UsageError, did_you_mean
+from apt.core.errors import ConfigError, UsageError, did_you_mean
 from apt.hookspecs import API_VERSION
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -149,13 +149,13 @@ def names_of(name: str) -> Names:
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
     if name.replace("_", "-") != words or not re.match("[a-z]", words) or len(words) > LONGEST:
         near = words.lstrip("0123456789-")[:LONGEST].rstrip("-")
+        suggestion = f"did you mean {near}? " if name.isascii() and len(near) > 2 else ""
         raise UsageError(
             f"apt plugin-new: {name!r} cannot be the name of a package",
-            hint="use lower-case letters, digits and single hyphens, a letter first, "
-            + f"{LONGEST} at most" + (f": {near}" if near and near != name else ""),
-        )  # fmt: skip
+            hint=f"{suggestion}use lower-case letters, digits and single hyphens, a letter first, {LONGEST} at most",
+        )
     bare = words.removeprefix("apt-").removeprefix("plugin-")
-    if not re.match("[a-z]", bare):
+    if bare in ("apt", "plugin") or not re.match("[a-z]", bare):
         raise UsageError(f"apt plugin-new: {name!r} says nothing beside apt", hint="add a word that says what it does")
     distribution = words if words.startswith("apt-") else f"apt-{words}"
     stem = "".join(word[0].upper() + word[1:] for word in bare.split("-"))
@@ -168,17 +168,18 @@ def check_free(names: Names, kind: str) -> None:
     from apt.core.config import RunConfig
 
     plugins = look_at_plugins()
-    ours = {*PLUGINS.values(), "apt-core"}
-    installed = {str(plugin.distribution) for plugin in plugins.found}
-    if names.distribution in ours | installed or find_spec(names.package) is not None:
+    packages = {*PLUGINS.values(), "apt-core", *(plugin.distribution for plugin in plugins.found)}
+    if names.distribution in packages or find_spec(names.package) is not None:
         raise _taken(f"{names.distribution} exists already")
-    known = {name: "plugin" for name in (*PLUGINS, *ENTRY_POINTS.values(), *(plugin.name for plugin in plugins.found))}
-    known |= {claim.name: claim.kind for claim in plugins.registry.claims() if claim.kind == kind}
-    known |= {name: kind for of, name in PROVIDERS if of == kind}
+    known = {
+        name: f"the plugin {name}" for name in (*PLUGINS, *ENTRY_POINTS.values(), *(p.name for p in plugins.found))
+    }
+    known |= {claim.name: claim.slot for claim in plugins.registry.claims() if claim.kind == kind}
+    known |= {name: f"{kind}:{name}" for of, name in PROVIDERS if of == kind}
     if names.plugin in known:
-        raise _taken(f"there is a {known[names.plugin]} {names.plugin!r} already")
-    if near := did_you_mean(names.plugin, known, cutoff=SLIP):
-        raise _taken(f"{names.plugin!r} is so near the {known[near]} {near!r} that either would be taken for the other")
+        raise _taken(f"{known[names.plugin]} exists already")
+    if near := did_you_mean(names.plugin, known):
+        raise _taken(f"{names.plugin} is so near {known[near]} that one would be taken for a slip of the other")
     parent = KINDS[kind]
     keys = getattr(RunConfig.model_fields[parent].annotation, "model_fields", {})
     sections = {claim.section for claim in plugins.registry.claims() if KINDS[claim.kind] == parent}
