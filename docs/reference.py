@@ -24,8 +24,8 @@ LAYERS = ("masks", "kv_cache", "rope", "norm", "checks", "counting", "mode")
 
 HEAD = """# Reference
 
-What a plugin may use: the hooks, the interface of each kind of provider, the parts that layers are built from, and
-`apt.api`. How to write one is [plugins.md](plugins.md).
+What a plugin may use: the hooks, the interface of each kind of provider, the parts that layers are built from, the
+conformance kit, and `apt.api`. How to write one is [plugins.md](plugins.md).
 
 This file is written by `python docs/reference.py`, from the docstrings.
 """
@@ -35,7 +35,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def render() -> str:
     """The whole reference."""
-    return "\n".join([HEAD, *_hooks(), *_providers(), *_layers(), *_errors(), *_api()]).rstrip() + "\n"
+    return "\n".join([HEAD, *_hooks(), *_providers(), *_layers(), *_kit(), *_errors(), *_api()]).rstrip() + "\n"
 
 
 def _hooks() -> Iterator[str]:
@@ -71,6 +71,12 @@ def _layers() -> Iterator[str]:
         module = _parse(f"modeling/layers/{name}.py")
         yield f"### `apt.modeling.layers.{name}`\n\n{_prose(ast.get_docstring(module) or '')}\n"
         yield from _classes(module, _exported(module), level=4)
+
+
+def _kit() -> Iterator[str]:
+    about = ast.get_docstring(_parse("testing/__init__.py")) or ""
+    yield f"## Tests\n\n{_prose(about)}\n"
+    yield from _classes(_parse("testing/parametrize.py"), ["parametrize_with_checks"])
 
 
 def _errors() -> Iterator[str]:
