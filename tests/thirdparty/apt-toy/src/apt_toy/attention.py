@@ -30,6 +30,9 @@ class DifferentialAttention(AttentionProvider):
     """softmax(q1 k1) - lambda softmax(q2 k2), lambda learned; in training each layer's joins the metrics."""
 
     Config = DifferentialConfig
+    expected_failures = {  # noqa: RUF012
+        "dropout_keeps_the_mean": "each head is normed behind its weights, which undoes the scale of a dropout"
+    }
 
     def __init__(self, config=None):
         super().__init__(config)
