@@ -102,6 +102,10 @@ def test_what_is_written_is_whole_and_clean(kind: str, name: str, tmp_path: Path
         assert found.returncode == 0, found.stdout
 
 
+def test_a_word_more_is_another_name(run_apt: RunApt) -> None:
+    assert run_apt("plugin-new", "my-align", "--kind", "align").code == 0
+
+
 def test_it_says_what_it_has_written_and_what_comes_next(run_apt: RunApt, tmp_path: Path) -> None:
     code, out, err = run_apt("plugin-new", "sliding-window", "--kind", "attention")
     assert (code, err) == (0, "")

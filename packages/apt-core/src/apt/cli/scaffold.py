@@ -27,6 +27,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 PACKAGE, ENDING = "PACKAGE", ".tmpl"
 LONGEST = 28
 """Letters of a name: a line of the templates has room for no more."""
+NEAR = 0.85
+"""How alike two names are that a slip of the finger tells apart, from 0 to 1: my-align is not align, aligm is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def check_free(names: Names, kind: str) -> None:
     known |= {name: f"{kind}:{name}" for of, name in PROVIDERS if of == kind}
     if names.plugin in known:
         raise _taken(f"{known[names.plugin]} exists already")
-    if near := did_you_mean(names.plugin, known):
+    if near := did_you_mean(names.plugin, known, cutoff=NEAR):
         raise _taken(f"{names.plugin} is so near {known[near]} that one would be taken for a slip of the other")
     parent = KINDS[kind]
     keys = getattr(RunConfig.model_fields[parent].annotation, "model_fields", {})
