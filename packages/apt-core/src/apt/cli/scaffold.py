@@ -69,7 +69,7 @@ STARTERS = {
     "retrieval": Starter(
         "Retrieval",
         "Passages found by the words they share with a query",
-        "apt plugin-info retrieval $plugin",
+        "apt plugin-check retrieval:$plugin",
     ),
     "voter": Starter(
         "Voter",
