@@ -1,33 +1,38 @@
-"""The plugin that docs/plugins.md shows, put together from its snippets as they stand there, works."""
+"""docs/reference.md says what the docstrings say, and all that the contract holds is in it."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+import runpy
+from typing import Any
 
-from checkout import ROOT, Apt
+import pytest
+from checkout import ROOT
+
+from apt.core.catalogue import KINDS
+from apt.core.hooks import SPEC_NAMES
+
+TEXT = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
 
 
-def test_the_plugin_of_the_guide_installs_and_trains(apt: Apt, small: Path, tmp_path: Path) -> None:
-    text = (ROOT / "docs/plugins.md").read_text()
-    (pyproject,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
-    module, provider, hook = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    source = tmp_path / "toy/src/apt_toy"
-    source.mkdir(parents=True)
-    (tmp_path / "toy/pyproject.toml").write_text(pyproject)
-    (source / "__init__.py").write_text("")
-    (source / "plugin.py").write_text(f"{module}\n\n{hook}")
-    (source / "ffn.py").write_text(provider)
-    site = tmp_path / "site"
-    install = ["install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(site)]
-    subprocess.run([sys.executable, "-m", "pip", *install, str(tmp_path / "toy")], check=True)
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs/reference.py"))
 
-    apt("train", "-p", str(small), "--model.ffn_name", "toy_relu2", "--model.toy_relu2.power", "3", path=[site])
-    run = small.parent / "runs/small-1"
-    lock = {slot["kind"]: slot for slot in json.loads((run / "plugins.lock.json").read_text())["slots"]}
-    assert lock["ffn"]["config"] == {"power": 3.0}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert records[0]["weights_norm"] > 0
+
+def test_the_reference_is_as_the_docstrings_are(script: dict[str, Any]) -> None:
+    assert script["render"]() == TEXT, (
+        "docs/reference.md is not as the docstrings are; write it anew: python docs/reference.py"
+    )
+
+
+def test_it_knows_every_hook_and_every_kind(script: dict[str, Any]) -> None:
+    assert script["KINDS"] == tuple(KINDS)
+    for heading in [*(f"### `{hook}`" for hook in SPEC_NAMES), *(f"## Kind `{kind}`" for kind in KINDS)]:
+        assert TEXT.count(f"\n{heading}\n") == 1, heading
+
+
+def test_its_links_lead_somewhere() -> None:
+    for page in ("plugins.md", "reference.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / page).read_text(encoding="utf-8")):
+            assert (ROOT / "docs" / target).exists(), f"{page} links to {target}"

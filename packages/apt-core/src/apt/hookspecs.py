@@ -117,6 +117,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin's module as an implementation of the hook of its name."""
 
 
 def observer(spec: F) -> F:

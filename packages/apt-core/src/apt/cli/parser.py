@@ -12,7 +12,7 @@ from warnings import catch_warnings, simplefilter
 
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
-from apt.core.catalogue import how_to_have
+from apt.core.catalogue import KINDS, how_to_have
 from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
@@ -328,6 +328,13 @@ def _plugin_check(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.plugin_check:run_plugin_check_command")
 
 
+def _plugin_new(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help='what it is called, such as sliding-window; "apt-" goes before it')
+    parser.add_argument("--kind", required=True, metavar="K", help=f"what it brings: {', '.join(KINDS)}")
+    parser.add_argument("--dir", metavar="D", help="the folder to write (apt-NAME, in this one)")
+    parser.set_defaults(run_command="apt.cli.scaffold:run_plugin_new_command")
+
+
 def _doctor(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
 
@@ -343,6 +350,7 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "plugin-lock": _plugin_lock,
     "inspect": _inspect,
     "plugin-check": _plugin_check,
+    "plugin-new": _plugin_new,
     "doctor": _doctor,
 }
 

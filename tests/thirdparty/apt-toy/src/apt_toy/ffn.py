@@ -14,15 +14,16 @@ class SquaredReLU(FFNProvider):
         return "0.1.0"
 
     def create_layer(self, d_model, d_ff, *, dropout=0.0, **config):
-        return SquaredReLULayer(d_model, d_ff)
+        return SquaredReLULayer(d_model, d_ff, dropout)
 
 
 class SquaredReLULayer(nn.Module):
-    def __init__(self, d_model, d_ff):
+    def __init__(self, d_model, d_ff, dropout):
         super().__init__()
         self.d_model = d_model
         self.up = nn.Linear(d_model, d_ff)
         self.down = nn.Linear(d_ff, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        return self.dropout(self.down(F.relu(self.up(x)).square()))

@@ -11,4 +11,6 @@ class ZLoss(AlignProvider):
         return "0.1.0"
 
     def compute_align_loss(self, logits, targets, model_state):
-        return 1e-4 * logits.float().logsumexp(dim=-1).square().mean()
+        counts_BT = targets != -100
+        squares_BT = logits.float().logsumexp(dim=-1).square()
+        return 1e-4 * (squares_BT * counts_BT).sum() / counts_BT.sum().clamp(min=1)
