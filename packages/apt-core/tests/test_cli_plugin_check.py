@@ -153,7 +153,7 @@ def test_info_shows_the_last_result_and_of_which_version(
     make_distribution("apt-toy", "0.9", plugins={"toy": "toy_plugin"}, modules=modules)
     import sys
 
-    del sys.modules["toy_plugin"]
+    sys.modules.pop("toy_plugin", None)
     assert line().endswith("version 0.1; this is 0.2: apt plugin-check dataset:rhymes")
 
 
