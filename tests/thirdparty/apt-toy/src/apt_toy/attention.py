@@ -2,6 +2,7 @@
 in which what both attend to for no reason cancels out."""
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,7 +31,7 @@ class DifferentialAttention(AttentionProvider):
     """softmax(q1 k1) - lambda softmax(q2 k2), lambda learned; in training each layer's joins the metrics."""
 
     Config = DifferentialConfig
-    expected_failures = {  # noqa: RUF012
+    expected_failures: ClassVar = {
         "dropout_keeps_the_mean": "each head is normed behind its weights, which undoes the scale of a dropout"
     }
 
