@@ -25,9 +25,9 @@ PACKAGES = [f"./packages/{path.name}" for path in sorted((ROOT / "packages").ite
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 BUILD_TOOLS = ("hatchling", "editables")
 EXTRAS = {
-    "apt-core": "parquet,tensorboard",
-    "apt-plugin-quant": "onnx",
-    "apt-plugin-rag": "model2vec,postgres",
+    "apt-core": "[parquet,tensorboard]",
+    "apt-plugin-quant": "[onnx]",
+    "apt-plugin-rag": "[model2vec,postgres]",
 }
 """Package -> those of its extras that the tests use."""
 DEVELOPMENT_TOOLS = (
@@ -40,6 +40,7 @@ DEVELOPMENT_TOOLS = (
     "pytest-timeout",
     "pytest-xdist",
     "pyyaml",
+    "ruff",
     "transformers",
     "types-pyyaml",
 )
@@ -187,7 +188,7 @@ def development(session: nox.Session) -> Path:
         session.run(sys.executable, "-m", "venv", str(DEVELOPMENT), external=True)
     install = (str(tools / "python"), "-m", "pip", "install", "--quiet", *CONSTRAINTS)
     session.run(*install, *BUILD_TOOLS, *DEVELOPMENT_TOOLS, external=True)
-    editable = [f"{package}[{EXTRAS.get(Path(package).name, '')}]" for package in PACKAGES]
+    editable = [f"{package}{EXTRAS.get(Path(package).name, '')}" for package in PACKAGES]
     session.run(*install, "--no-build-isolation", *(f"--editable={package}" for package in editable), external=True)
     return tools
 
@@ -201,9 +202,9 @@ def check_contents(session: nox.Session) -> None:
         names = ZipFile(wheel).namelist()
         wanted = ["licenses/LICENSE", "/py.typed"]
         if wheel.name.startswith("apt_core-"):
-            wanted.append("apt/profiles/tiny_debug.yaml")
+            wanted += ["apt/profiles/tiny_debug.yaml", "apt/cli/templates/all/pyproject.toml.tmpl"]
         missing = [ending for ending in wanted if not any(name.endswith(ending) for name in names)]
-        strays = [name for name in names if "tests/" in name]
+        strays = [name for name in names if "tests/" in name and not name.endswith(".tmpl")]
         if missing or strays:
             session.error(f"{wheel.name} lacks {missing}, holds {strays}")
 

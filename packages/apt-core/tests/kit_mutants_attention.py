@@ -166,6 +166,16 @@ class SoftmaxOverNothing(Layer):
 
 
 @mutant("rows_that_see_nothing_are_finite")
+class WindowBesideTheMask(Layer):
+    """A window of four positions is put into the scores, where the masks know nothing of it."""
+
+    def masks(self, T: int, S: int, *masks: Any) -> Any:
+        blocked, added = super().masks(T, S, *masks)
+        far_TS = torch.ones(T, S, dtype=torch.bool).tril(S - T - 4)
+        return blocked, added.masked_fill(far_TS, -math.inf)
+
+
+@mutant("rows_that_see_nothing_are_finite")
 class RowsThatSeeNothingSeeAll(Layer):
     """What is blocked gets a score of -1e9, so a row in which all is blocked sees all alike."""
 

@@ -148,12 +148,16 @@ def rows_that_see_nothing_are_finite(subject: AttentionSubject) -> None:
     blind[3] = True
     padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
     padding[0] = True
+    late = torch.zeros_like(padding)
+    late[1, 2:] = True
     plain = subject.forward(layer, x_BTD)
     others = [t for t in range(T) if t != 3]
     cases: tuple[tuple[str, dict[str, Any], Any], ...] = (
         ("a boolean attn_mask", {"attn_mask": blind}, (slice(None), others)),
         ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}, (slice(None), others)),
         ("padding", {"key_padding_mask": padding}, (1, slice(None))),
+        # A layer with a window of its own may see nothing but padding from the last positions.
+        ("padding and what the layer itself hides", {"key_padding_mask": late}, (1, slice(2))),
     )
     for what, masks, untouched in cases:
         out = subject.attend(layer, x_BTD, **masks)[0]
@@ -175,10 +179,13 @@ def rows_that_see_nothing_have_finite_gradients(subject: AttentionSubject) -> No
     blind[3] = True
     padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
     padding[0] = True
+    late = torch.zeros_like(padding)
+    late[1, 2:] = True
     cases: tuple[tuple[str, dict[str, Any]], ...] = (
         ("a boolean attn_mask", {"attn_mask": blind}),
         ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}),
         ("padding", {"key_padding_mask": padding}),
+        ("padding and what the layer itself hides", {"key_padding_mask": late}),
     )
     for what, masks in cases:
         layer, x_BTD = subject.layer(training=True), subject.x(grad=True)
