@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt.hookspecs import hookimpl
-from apt_plugin_quant.export.commands import configure_export, configure_import, run_export, run_import
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
 
 API_VERSION = (1, 0)
 
@@ -21,15 +22,17 @@ def apt_register_providers(registry: Any) -> None:
 @hookimpl
 def apt_register_commands(commands: Any) -> None:
     commands.add(
-        "quantize", "Write a run again with its weights in fewer bits", _configure_quantize, _run_quantize_command
+        "quantize", "write a run again with its weights in fewer bits", _configure_quantize, _run_quantize_command
     )
     commands.add(
         "export",
-        "Write a run as safetensors, ONNX, a torch program or a Hugging Face folder",
-        configure_export,
-        run_export,
+        "write a run as safetensors, ONNX, a torch program or a Hugging Face folder",
+        _configure_export,
+        _run_export_command,
     )
-    commands.add("import", "Make a run of a Hugging Face folder (Llama, Mixtral)", configure_import, run_import)
+    commands.add(
+        "import", "make a run of a Hugging Face folder (Llama, Mixtral)", _configure_import, _run_import_command
+    )
 
 
 def _configure_quantize(parser: ArgumentParser) -> None:
@@ -51,3 +54,27 @@ def _run_quantize_command(args: Namespace) -> int:
     from apt_plugin_quant.command import run_quantize_command
 
     return run_quantize_command(args)
+
+
+def _configure_export(parser: ArgumentParser) -> None:
+    from apt_plugin_quant.export.commands import configure_export
+
+    configure_export(parser)
+
+
+def _run_export_command(args: Namespace) -> int:
+    from apt_plugin_quant.export.commands import run_export
+
+    return run_export(args)
+
+
+def _configure_import(parser: ArgumentParser) -> None:
+    from apt_plugin_quant.export.commands import configure_import
+
+    configure_import(parser)
+
+
+def _run_import_command(args: Namespace) -> int:
+    from apt_plugin_quant.export.commands import run_import
+
+    return run_import(args)

@@ -5,10 +5,12 @@ Nothing here imports torch or scikit-learn: what a call needs is imported when i
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import argparse
 
 API_VERSION = (1, 0)
 
@@ -78,13 +80,13 @@ def on_next_token(logits: Any, generator: Any) -> Any:
 
 def whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+        raise _wrong(f"expected a whole number, at least 1, got {text!r}")
     return int(text)
 
 
 def _share(text: str) -> float:
     if (number := _positive(text)) >= 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+        raise _wrong(f"expected a number between 0 and 1, got {text!r}")
     return number
 
 
@@ -94,5 +96,11 @@ def _positive(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+        raise _wrong(f"expected a number above 0, got {text!r}")
     return number
+
+
+def _wrong(text: str) -> Exception:
+    from argparse import ArgumentTypeError
+
+    return ArgumentTypeError(text)
