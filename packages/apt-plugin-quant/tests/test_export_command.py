@@ -198,7 +198,7 @@ def test_a_checkpoint_that_is_none(text: str, capsys: pytest.CaptureFixture[str]
     assert "expected best, last or a step" in capsys.readouterr().err
 
 
-def test_the_plugin_adds_both_commands() -> None:
+def test_the_plugin_adds_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     added: dict[str, Any] = {}
 
     class Commands:
@@ -206,8 +206,14 @@ def test_the_plugin_adds_both_commands() -> None:
             added[name] = (configure, run)
 
     plugin.apt_register_commands(Commands())
-    assert added["export"] == (commands.configure_export, commands.run_export)
-    assert added["import"] == (commands.configure_import, commands.run_import)
+    for name, arguments in (("export", ["--format", "hf"]), ("import", ["hf", "folder"])):
+        parser = argparse.ArgumentParser()
+        configure, run = added[name]
+        configure(parser)
+        seen = []
+        monkeypatch.setattr(commands, f"run_{name}", lambda args, seen=seen: seen.append(args) or 0)
+        assert run(parser.parse_args(arguments)) == 0
+        assert "hf" in vars(seen[0]).values()
 
 
 def test_import_takes_hf_alone() -> None:
