@@ -128,6 +128,13 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
     assert store.steps() == [7, 8]
 
 
+def test_one_of_each_so_many_steps_is_kept_for_good(store: CheckpointStore) -> None:
+    store.keep_last, store.keep_every = 1, 100
+    for step in range(30, 420, 30):  # 120 is the first at or after 100, 210 after 200, 300 is 300 itself
+        store.save(make(step))
+    assert store.steps() == [120, 210, 300, 390]
+
+
 def best_of(losses: dict[int, float | None]) -> int | None:
     finite = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
     return min(finite)[1] if finite else None
@@ -140,21 +147,27 @@ def best_of(losses: dict[int, float | None]) -> int | None:
     ),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from([None, 1, 4, 10]),
 )
 def test_retention_follows_its_definition(
-    saves: list[tuple[int, float | None]], keep_last: int, keep_best: bool
+    saves: list[tuple[int, float | None]], keep_last: int, keep_best: bool, keep_every: int | None
 ) -> None:
     there: dict[int, float | None] = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        store = CheckpointStore(folder, keep_last, keep_best)
+        store = CheckpointStore(folder, keep_last, keep_best, keep_every)
         for step, loss in saves:
             store.save(make(step, loss))
             there[step] = loss
             best = best_of(there)
             past = sorted(s for s in there if s <= step)
+            firsts = (
+                {min(s for s in past if s >= multiple) for multiple in range(keep_every, step + 1, keep_every)}
+                if keep_every
+                else set()
+            )
             for old in past[:-keep_last]:
-                if not (keep_best and old == best):
+                if not (keep_best and old == best) and old not in firsts:
                     del there[old]
             assert store.steps() == sorted(there)
             assert store.best() == best_of(there)

@@ -81,13 +81,17 @@ class CheckpointStore:
         folder: where the checkpoints lie; made at the first save.
         keep_last: how many of the newest are kept, at least 1.
         keep_best: whether the one with the lowest finite `metrics["val_loss"]` is kept as well.
+        keep_every: the first one at or after each multiple of so many steps is kept as well; None for none of them.
     """
 
-    def __init__(self, folder: Path | str, keep_last: int = 2, keep_best: bool = True) -> None:
-        assert keep_last >= 1
+    def __init__(
+        self, folder: Path | str, keep_last: int = 2, keep_best: bool = True, keep_every: int | None = None
+    ) -> None:
+        assert keep_last >= 1 and (keep_every is None or keep_every >= 1)
         self.folder = Path(folder)
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every = keep_every
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, then remove those that need not be kept; return its folder.
@@ -222,11 +226,21 @@ class CheckpointStore:
     def _prune(self, current: int) -> None:
         folders = self._folders()
         past = [step for step in sorted(folders) if step <= current]
-        kept = {*past[-self.keep_last :], self.best() if self.keep_best else None}
+        kept = {*past[-self.keep_last :], *self._milestones(past), self.best() if self.keep_best else None}
         for step in past:
             if step not in kept:
                 _remove(folders[step])
         _remove(self.folder / f"step-{current:08d}.old")
+
+    def _milestones(self, steps: list[int]) -> list[int]:
+        """The first of the ascending `steps` at or after each multiple of `keep_every`, but for the multiple 0. What is
+        the first once stays the first, for it is kept."""
+        if self.keep_every is None:
+            return []
+        firsts: dict[int, int] = {}
+        for step in steps:
+            firsts.setdefault(step // self.keep_every, step)
+        return [step for multiple, step in firsts.items() if multiple > 0]
 
 
 def _encode_states(states: dict[str, Any]) -> tuple[bytes, dict[str, Tensor]]:

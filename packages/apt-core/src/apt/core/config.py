@@ -171,6 +171,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the end of each epoch is always saved."""
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
+    keep_every: PositiveInt | None = None
+    """Steps between checkpoints that are kept for good: the first one at or after each multiple; none if left out."""
     keep_best: bool = True
     """Whether the one with the lowest validation loss is kept as well."""
 

@@ -356,9 +356,8 @@ class Trainer:
                 hint=f"go on with it (--resume {self.run.path}) or choose another folder",
             )
         slots = list(self.in_use.slots.values())
-        self.store = CheckpointStore(
-            self.run.checkpoints, keep_last=self.config.checkpoint.keep_last, keep_best=self.config.checkpoint.keep_best
-        )
+        keep = self.config.checkpoint
+        self.store = CheckpointStore(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
         if self.lock:
             check_lock(self.lock, slots)
             restore(self, self.store.load())
