@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt import hookspecs
-from apt.core.errors import AptWarning, CheckpointError, ConfigError, PluginError, ProviderError, TrainingError
+from apt.core.errors import (
+    AptWarning,
+    CheckpointError,
+    ConfigError,
+    PluginError,
+    ProviderError,
+    RunInUseError,
+    TrainingError,
+)
 from apt.core.registry import registry
 from apt.core.runs import RunFolder
 from apt.modeling.layers.ffn import DefaultFFN
@@ -790,3 +798,25 @@ def test_a_resume_with_nothing_left_to_do_changes_nothing(config: Config) -> Non
     before = run.profile.read_bytes()
     resumed(run, training__max_steps=4)
     assert run.profile.read_bytes() == before
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(config: Config) -> None:
+    refused: list[str] = []
+
+    class Second:
+        """Tries to go on with the run while it is under way, and to begin another one in its folder."""
+
+        def on_epoch_end(self, epoch: int, trainer: Trainer) -> None:
+            run = RunFolder(trainer.run_dir)
+            for options in ({"resume": run}, {"run_dir": run.path}):
+                with pytest.raises(RunInUseError) as error:
+                    Trainer(config, quiet=True, **options).train()  # type: ignore[arg-type]
+                refused.append(str(error.value))
+
+    config["training"]["max_epochs"] = 1
+    whole = train(config)
+    disturbed = train(config, Second())
+    assert len(refused) == 2 and all("is at work in" in text for text in refused)
+    assert_same(last_weights(whole.run_dir), last_weights(disturbed.run_dir))
+    assert train(config, resume=RunFolder(disturbed.run_dir)).step == 6
+    assert not (disturbed.run_dir / "trainer.lock").exists()

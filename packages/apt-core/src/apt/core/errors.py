@@ -61,6 +61,10 @@ class CheckpointError(AptError):
     """A checkpoint cannot be written, or one that was read is damaged or does not fit the run."""
 
 
+class RunInUseError(AptError):
+    """Another trainer works in the run's folder."""
+
+
 class DeviceError(AptError):
     """The hardware that was asked for is not here, or too small for the run."""
 

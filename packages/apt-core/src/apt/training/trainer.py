@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.durable import replace
+from apt.checkpoint.durable import cannot_write, replace
 from apt.checkpoint.lock import (
     check_frozen,
     check_lock,
@@ -48,6 +48,7 @@ from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
 from apt.training.plan import plan, use_side_providers
 from apt.training.progress import Progress
+from apt.training.run_lock import only_trainer
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
 from apt.training.step import accumulate_gradients, dry_run, free_name, update
@@ -348,9 +349,13 @@ class Trainer:
     def _open_run(self, stack: ExitStack) -> None:
         """Make the run's folder, or enter the one that is resumed and go on from its last good checkpoint; then write
         down what the run is made of."""
-        if self.run is None:
-            self.run = new_run(self.config.output_dir, self.config.name)
-        elif self.run.holds_a_run() and not self.resumed:
+        self.run = self.run or new_run(self.config.output_dir, self.config.name)
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(error, self.run.path, 0) from error
+        stack.enter_context(only_trainer(self.run.path))
+        if self.run.holds_a_run() and not self.resumed:
             raise CheckpointError(
                 f"{self.run.path} holds a run already",
                 hint=f"go on with it (--resume {self.run.path}) or choose another folder",
@@ -362,7 +367,6 @@ class Trainer:
             check_lock(self.lock, slots)
             restore(self, self.store.load())
         try:
-            self.run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(log_to_file(self.logger, self.run.log))
             self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
             if not self.resumed:
