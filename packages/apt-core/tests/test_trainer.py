@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt import hookspecs
+from apt.checkpoint.store import CheckpointStore, Snapshot
 from apt.core.errors import (
     AptWarning,
     CheckpointError,
@@ -820,3 +822,61 @@ def test_a_second_trainer_in_the_same_folder_is_refused(config: Config) -> None:
     assert_same(last_weights(whole.run_dir), last_weights(disturbed.run_dir))
     assert train(config, resume=RunFolder(disturbed.run_dir)).step == 6
     assert not (disturbed.run_dir / "trainer.lock").exists()
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config["checkpoint"] = {"every": 4}
+    steps: list[int] = []
+
+    class FullAtFour:
+        def on_step_end(self, step: int) -> None:
+            steps.append(step)
+
+    write = CheckpointStore.write
+
+    def full(store: CheckpointStore, snapshot: Snapshot) -> Path:
+        if snapshot.facts["step"] == 4:
+            raise CheckpointError("the disk is full")
+        return write(store, snapshot)
+
+    monkeypatch.setattr(CheckpointStore, "write", full)
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(FullAtFour())
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        trainer.train()
+    assert len(steps) < 18, "it is raised at the end of a step, and not at the end of the run"
+    monkeypatch.undo()
+    run = RunFolder(trainer.run_dir)
+    if run.has_checkpoints():
+        train(str(run.profile), resume=run)
+
+
+def test_the_last_save_is_on_the_disk_before_the_end_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = CheckpointStore.write
+
+    def slow(store: CheckpointStore, snapshot: Snapshot) -> Path:
+        time.sleep(0.2)
+        return write(store, snapshot)
+
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+    there: list[int | None] = []
+
+    class Look:
+        def on_training_end(self, trainer: Trainer) -> None:
+            there.append(trainer.store.latest())
+
+    train(config, Look())
+    assert there == [18]
+    run = interrupted_run(config, 4)
+    assert max(run.checkpoints.iterdir()).name == "step-00000004"
+
+
+def test_in_the_background_and_in_line_the_run_is_the_same(config: Config) -> None:
+    config["checkpoint"] = {"every": 1, "keep_last": 99}
+    background = train(config)
+    config["checkpoint"]["asynchronous"] = False
+    in_line = train(config)
+    for step in range(1, 19):
+        name = f"checkpoints/step-{step:08d}"
+        for file in ("model.safetensors", "state.safetensors"):
+            assert (background.run_dir / name / file).read_bytes() == (in_line.run_dir / name / file).read_bytes()

@@ -44,12 +44,13 @@ _HINT = (
 )
 
 
-def encode(state: object, where: str = "state") -> tuple[Any, dict[str, Tensor]]:
+def encode(state: object, where: str = "state", *, copy: bool = False) -> tuple[Any, dict[str, Tensor]]:
     """Split a state into a JSON structure and named tensors.
 
     Args:
         state: see above.
         where: what to call the state; names of tensors and error messages begin with it.
+        copy: whether the tensors shall be copies, whatever becomes of the originals.
 
     Returns:
         The structure, and the tensors as `portable` leaves them.
@@ -59,7 +60,7 @@ def encode(state: object, where: str = "state") -> tuple[Any, dict[str, Tensor]]
     """
     encoder = _Encoder()
     structure = encoder.encode(state, where, 0)
-    return structure, portable(encoder.tensors)
+    return structure, portable(encoder.tensors, copy=copy)
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -90,15 +91,15 @@ def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     raise AssertionError(f"unknown tag {tag!r}")
 
 
-def portable(tensors: Mapping[str, Tensor], where: str = "") -> dict[str, Tensor]:
+def portable(tensors: Mapping[str, Tensor], where: str = "", *, copy: bool = False) -> dict[str, Tensor]:
     """The tensors as safetensors can write them: on the CPU, detached, contiguous, each with memory of its own.
 
-    Dtype, shape and values stay; strides, sharing, device and `requires_grad` do not. What is fit as it is isn't
-    copied: write the result before the originals change.
+    Dtype, shape and values stay; strides, sharing, device and `requires_grad` do not.
 
     Args:
         tensors: by name.
         where: what stands before a name in an error message.
+        copy: whether to copy what is fit as it is, too; if not, write the result before the originals change.
 
     Raises:
         CheckpointError: a value is no plain, dense tensor of a dtype in `DTYPES`; the message names it.
@@ -119,7 +120,7 @@ def portable(tensors: Mapping[str, Tensor], where: str = "") -> dict[str, Tensor
         own = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         # Storages without memory all have address 0, and nothing to share.
         address = own.untyped_storage().data_ptr()
-        if address in storages:
+        if address in storages or (copy and address == tensor.untyped_storage().data_ptr()):
             own = own.clone()
         elif address:
             storages.add(address)

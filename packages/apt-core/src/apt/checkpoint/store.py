@@ -73,6 +73,28 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     """The effects that the run went on without, one sentence each."""
 
+    @property
+    def nbytes(self) -> int:
+        """What its weights and moments take in memory, about."""
+        moments = [value for state in self.optimizer["state"].values() for value in state.values()]
+        return sum(tensor.nbytes for tensor in (*self.model.values(), *moments) if isinstance(tensor, Tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checkpoint as it will stand in its files."""
+
+    facts: dict[str, Any]
+    """What the manifest says, but for the files."""
+    structure: bytes
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on the disk, about."""
+        return len(self.structure) + sum(t.nbytes for t in (*self.weights.values(), *self.tensors.values()))
+
 
 class CheckpointStore:
     """The checkpoints of one run. One process at a time saves to it.
@@ -103,29 +125,44 @@ class CheckpointStore:
             CheckpointError: it cannot be written (a full disk, no permission, ...), the disk does not give back what
                 was written, or a state holds what a checkpoint cannot keep.
         """
-        weights = portable(checkpoint.model, "model.")
+        return self.write(self.snapshot(checkpoint))
+
+    def snapshot(self, checkpoint: Checkpoint, *, copy: bool = False) -> Snapshot:
+        """What `write` needs of a checkpoint.
+
+        Args:
+            copy: whether its tensors shall be copies; if not, write it before the run goes on.
+
+        Raises:
+            CheckpointError: a state holds what a checkpoint cannot keep.
+        """
         states = {name: getattr(checkpoint, name) for name in ("optimizer", "rng", "extra", "plugins")}
-        structure, tensors = _encode_states(states)
-        final = self.folder / f"step-{checkpoint.step:08d}"
-        needed = len(structure) + sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values()))
-        with _explained(final, needed):
+        weights = portable(checkpoint.model, "model.", copy=copy)
+        structure, tensors = _encode_states(states, copy)
+        return Snapshot(_facts(checkpoint), structure, weights, tensors)
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """`save` of what `snapshot` returned, whose tensors may be those of a run that stands still."""
+        step = snapshot.facts["step"]
+        final = self.folder / f"step-{step:08d}"
+        with _explained(final, snapshot.nbytes):
             make_folder(self.folder)
             self._tidy()
             with _temporary(final.with_name(final.name + ".tmp")) as temporary:
-                write(temporary / STRUCTURE, structure)
-                _write_tensors(temporary / MODEL, weights)
-                _write_tensors(temporary / TENSORS, tensors)
-                write(temporary / MANIFEST, _manifest(checkpoint, temporary))
+                write(temporary / STRUCTURE, snapshot.structure)
+                _write_tensors(temporary / MODEL, snapshot.weights)
+                _write_tensors(temporary / TENSORS, snapshot.tensors)
+                write(temporary / MANIFEST, _manifest(snapshot.facts, temporary))
                 sync(temporary)
                 try:
-                    verify(temporary, checkpoint.step)
+                    verify(temporary, step)
                 except CheckpointError as error:
                     raise CheckpointError(f"{final} was not saved: {error.message}", hint="check the disk") from error
                 if final.exists():
                     os.replace(final, final.with_name(final.name + ".old"))
                 os.replace(temporary, final)
             sync(self.folder)
-        self._prune(checkpoint.step)
+        self._prune(step)
         return final
 
     def steps(self) -> list[int]:
@@ -243,11 +280,11 @@ class CheckpointStore:
         return [step for multiple, step in firsts.items() if multiple > 0]
 
 
-def _encode_states(states: dict[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
+def _encode_states(states: dict[str, Any], copy: bool) -> tuple[bytes, dict[str, Tensor]]:
     structures: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, state in states.items():
-        structures[name], own = encode(state, name)
+        structures[name], own = encode(state, name, copy=copy)
         tensors |= own
     return json.dumps(structures, allow_nan=False).encode(), tensors
 
@@ -259,21 +296,23 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     sync(path)
 
 
-def _manifest(checkpoint: Checkpoint, folder: Path) -> bytes:
-    return seal(
-        {
-            "format": FORMAT,
-            "step": checkpoint.step,
-            "epoch": checkpoint.epoch,
-            "batch_index": checkpoint.batch_index,
-            "metrics": encode({name: float(value) for name, value in checkpoint.metrics.items()}, "metrics")[0],
-            "dropped": list(checkpoint.dropped),
-            "files": {
-                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-                for name in (MODEL, TENSORS, STRUCTURE)
-            },
-        }
-    )
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "batch_index": checkpoint.batch_index,
+        "metrics": encode({name: float(value) for name, value in checkpoint.metrics.items()}, "metrics")[0],
+        "dropped": list(checkpoint.dropped),
+    }
+
+
+def _manifest(facts: dict[str, Any], folder: Path) -> bytes:
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in (MODEL, TENSORS, STRUCTURE)
+    }
+    return seal({**facts, "files": files})
 
 
 def _load(folder: Path, step: int) -> Checkpoint:

@@ -175,6 +175,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints that are kept for good: the first one at or after each multiple; none if left out."""
     keep_best: bool = True
     """Whether the one with the lowest validation loss is kept as well."""
+    asynchronous: bool = True
+    """Whether training goes on while a copy of its state is written; if not, it waits, and needs no copy."""
 
 
 class HardwareConfig(Section):

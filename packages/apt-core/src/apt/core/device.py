@@ -116,6 +116,15 @@ def memory_of(device: torch.device) -> int | None:
     return None
 
 
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take, as far as that can be told."""
+    import psutil
+    import torch
+
+    limit = memory_of(torch.device("cpu")) or 0
+    return min(int(psutil.virtual_memory().available), limit - int(psutil.Process().memory_info().rss))
+
+
 def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """The memory limits of the control groups that this process is in, the groups around them included."""
     try:

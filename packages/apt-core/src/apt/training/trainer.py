@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.checkpoint.background import BackgroundSaver
 from apt.checkpoint.durable import cannot_write, replace
 from apt.checkpoint.lock import (
     check_frozen,
@@ -185,6 +186,7 @@ class Trainer:
             self._run_epoch()
         if unread := ", ".join(self.schedule.unread()):
             warnings.warn(f"schedules: nothing in this run has asked for {unread}", AptWarning, stacklevel=2)
+        self._saver.wait()
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
@@ -196,8 +198,9 @@ class Trainer:
                 break
             self._run_step(batch.to(self.device))
             if self._stop:
-                self._save()
+                self._save(wait=True)
                 raise self._interrupted()
+            self._saver.check()
             if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
             improved = self._evaluate() if self._is_due(training.eval_every) else False
@@ -273,14 +276,15 @@ class Trainer:
             record["dropped"] = self.hooks.dropped
         self.hooks.call("on_log", record=MappingProxyType(record))
 
-    def _save(self) -> None:
-        """Write a checkpoint; a model that is not finite is never kept."""
+    def _save(self, *, wait: bool = False) -> None:
+        """Save, in the background unless told to wait; a model that is not finite is never kept."""
         with self._window.off_the_clock():
             if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
                 raise self._not_finite("the weights")
-            self.store.save(capture(self))
+            self._saver.save(capture(self), wait=wait)
 
     def _not_finite(self, what: str) -> NotFiniteError:
+        self._finish_saving()
         saved = self.store.latest()
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
         return NotFiniteError(
@@ -363,6 +367,7 @@ class Trainer:
         slots = list(self.in_use.slots.values())
         keep = self.config.checkpoint
         self.store = CheckpointStore(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
+        self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous)
         if self.lock:
             check_lock(self.lock, slots)
             restore(self, self.store.load())
@@ -411,6 +416,7 @@ class Trainer:
     def _end_early(self, error: BaseException) -> None:
         """Save the run if its state is that of a finished step, then say why it ends."""
         self.logger.error("the run ends early: %s", error, exc_info=error)
+        self._finish_saving()
         with self.hooks.forgiving():
             saved = self._save_what_is_whole(error)
             self.hooks.call("on_exception", error=error, trainer=self)
@@ -431,11 +437,20 @@ class Trainer:
             # The step that failed is done again after a resume, with the numbers it had drawn (on a CPU).
             torch.set_rng_state(self._rng_before_step)
         try:
-            self._save()
+            self._save(wait=True)
         except Exception as failed:
             self.logger.error("it could not be saved either: %s", failed)
             return False
         return True
+
+    def _finish_saving(self) -> None:
+        """Wait for the save that is on its way; its failure is said, for something else ends the run."""
+        try:
+            if self._looping:
+                self._saver.wait()
+        except Exception as failed:
+            self.logger.error("the last save failed: %s", failed, exc_info=failed)
+            warnings.warn(f"the last save failed: {failed}", AptWarning, stacklevel=3)
 
 
 def _refuse_quantised(config: RunConfig) -> None:
