@@ -51,9 +51,14 @@ class BackgroundSaver:
         self._thread = Thread(target=self._write, args=(snapshot,), name="apt-checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what a save has failed with, if one has ended that way; waits for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.is_busy:
             self.wait()
 
     def wait(self) -> None:
