@@ -29,7 +29,9 @@ WIDTH = 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to save; the system's folder for temporary files if left out")
+    parser.add_argument(
+        "--folder", type=Path, help="where to save; the system's folder for temporary files if left out"
+    )
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 8, 32], help="millions of parameters")
     args = parser.parse_args()
     tune_cpu_memory()

@@ -739,6 +739,7 @@ def test_a_hook_that_samples_from_the_run_does_not_change_it(config: Config) -> 
     class Sample:
         def on_epoch_start(self, epoch: int, trainer: Trainer) -> None:
             if epoch:
+                assert trainer.last_saved() == 6 * epoch
                 generator = Generator.from_run(RunFolder(trainer.run_dir))
                 texts.append("".join(generator.stream("1", max_new_tokens=5, seed=0)))
 

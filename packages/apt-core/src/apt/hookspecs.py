@@ -19,7 +19,7 @@ has; arguments are only ever added. This is the run, as pseudocode:
                 loss.backward()
             on_before_optimizer_step(optimizer, trainer)      # gradients are complete, not yet clipped
             optimizer.step()
-            on_step_end(step, loss, trainer)
+            on_step_end(step, loss, trainer)                  # neither, if `training.on_not_finite` passes a step over
             on_log(record)                                    # every training.log_every steps, and the epoch's last
             on_evaluation_end(metrics, trainer); on_log(record)     # every training.eval_every steps
             on_checkpoint_save(trainer)                       # every checkpoint.every steps, and when it is the best
@@ -58,6 +58,7 @@ What a hook may rely on, `trainer`:
 | `step` | how many optimizer steps are done: the hook's `step` before the update, `step + 1` after it |
 | `steps_per_epoch`, `total_steps` | how long it is |
 | `note(text)` | tells the user something: one line on the console and in the run's log |
+| `last_saved()` | the step of the newest checkpoint, None if there is none; waits for one that is being written |
 | `extra_metrics` | {name: number or 0-d tensor} to add to: they join the next record of `on_log` and are then cleared |
 
 and `model_state`, a new dict for each micro-batch:

@@ -141,6 +141,9 @@ class TrainingConfig(OpenSection):
     beta2: Fraction = 0.95
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    on_not_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What happens when a loss, a gradient or a weight is NaN or infinite: end the run, pass the step over, or go back
+    to the last checkpoint's weights and on with the text."""
     mixed_precision: Literal["auto", "bf16", "off"] | bool = "auto"
     """bf16 autocast. `auto` uses it where it pays: on GPUs that have it, and on CPUs that have it for wide models."""
     compile: bool = False

@@ -51,21 +51,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint's weights are not those of this model.
     """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(trainer)]
-    try:
-        trainer.model.load_state_dict(checkpoint.model)
-        if not checkpoint.extra:
-            return  # a model that was made elsewhere: the run begins with its weights
-        trainer.optimizer.load_state_dict(checkpoint.optimizer)
-    except (RuntimeError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} does not fit this model: {text}",
-            hint="resume without overrides of model.*, or start a new run",
-        ) from error
-    # The moments are the checkpoint's; what the profile says (weight decay, betas) is as it says now.
-    for group, own in zip(_groups(trainer), settings, strict=True):
-        group.update(own)
+    _load_parameters(trainer, checkpoint)
+    if not checkpoint.extra:
+        return  # a model that was made elsewhere: the run begins with its weights
     trainer.step, trainer.epoch, trainer.batch_index = checkpoint.step, checkpoint.epoch, checkpoint.batch_index
     trainer.epoch_closed = checkpoint.extra["epoch_closed"]
     _deal_on(trainer, checkpoint.extra["dealing"])
@@ -80,6 +68,34 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         lost = ", ".join(checkpoint.dropped)
         warnings.warn(f"going on without {lost}: it failed earlier in this run", AptWarning, stacklevel=2)
     set_rng_state(checkpoint.rng)
+
+
+def take_back(trainer: Trainer, checkpoint: Checkpoint) -> int:
+    """Put weights, moments and plugins of a run under way into the state of `checkpoint`, one of its own, and return
+    that one's step. Position, random numbers and effects that were dropped stay as they are."""
+    _load_parameters(trainer, checkpoint)
+    for plugin, state in checkpoint.plugins.items():
+        trainer.hooks.call_one(plugin, "on_checkpoint_load", state=state, trainer=trainer)
+    return checkpoint.step
+
+
+def _load_parameters(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(trainer)]
+    try:
+        trainer.model.load_state_dict(checkpoint.model)
+        if checkpoint.extra:
+            trainer.optimizer.load_state_dict(checkpoint.optimizer)
+        else:
+            trainer.optimizer.state.clear()  # a model that was made elsewhere has no moments
+    except (RuntimeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit this model: {text}",
+            hint="resume without overrides of model.*, or start a new run",
+        ) from error
+    # The moments are the checkpoint's; what the profile says (weight decay, betas) is as it says now.
+    for group, own in zip(_groups(trainer), settings, strict=True):
+        group.update(own)
 
 
 def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:

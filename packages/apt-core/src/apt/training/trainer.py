@@ -44,6 +44,7 @@ from apt.evaluation.evaluate import evaluate
 from apt.inference.generator import Generator
 from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
+from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
 from apt.training.optim import build_optimizer, learning_rate
@@ -124,6 +125,7 @@ class Trainer:
         self.evaluated_step = -1
         self.carried_states: dict[str, Any] = {}
         self.epoch_closed = True
+        self._guard = FiniteGuard(self.config.training.on_not_finite)
         self._stop = StopRequest()
         self._begun = self._looping = self._updating = False
         self._rng_before_step: Tensor | None = None
@@ -180,7 +182,7 @@ class Trainer:
         return self.run_dir
 
     def _fit(self) -> None:
-        self._looping, self._window = True, Window(self.data.train.tokens_per_batch)
+        self._looping, self.window = True, Window(self.data.train.tokens_per_batch)
         self.hooks.call("on_training_start", trainer=self)
         while self.step < self.total_steps or not self.epoch_closed:
             self._run_epoch()
@@ -222,16 +224,23 @@ class Trainer:
         extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
         loss = accumulate_gradients(self._forward, micro_batches, self._autocast, extra_losses)
         self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
-        rate = learning_rate(step, self.total_steps, training)
-        self._updating = True
-        norm = update(self.optimizer, self._parameters, rate, training.gradient_clip)
+        wrong = self._guard.wrong_in_step(loss.total, self._parameters)
+        norm = None if wrong else self._update()
         self.step, self.batch_index, self._updating = step + 1, self.batch_index + 1, False
         self._rng_before_step = None
-        self._window.add(loss, norm)
-        self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
+        if wrong:
+            self._guard.pass_over(self, wrong)
+        else:
+            self.window.add(loss, norm)
+            self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
         self.hooks.settle()
         if self.step % training.log_every == 0:
             self._log()
+
+    def _update(self) -> Tensor | None:
+        rate = learning_rate(self.step, self.total_steps, self.config.training)
+        self._updating = True
+        return update(self.optimizer, self._parameters, rate, self.config.training.gradient_clip)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -240,17 +249,17 @@ class Trainer:
 
     def _log(self) -> None:
         """A record of the steps since the last one, if there are any."""
-        if not self._window:
+        if not self.window:
             return
-        facts = self._window.close()
+        facts = self.window.close()
         facts["learning_rate"] = learning_rate(self.step - 1, self.total_steps, self.config.training)
         if wrong := not_finite(facts):
-            raise self._not_finite(", ".join(wrong))
+            raise self._guard.error(self, ", ".join(wrong))
         self._record("train", facts)
 
     def _evaluate(self, *, answers: bool = False) -> bool:
         """Measure the held-out text, and with `answers` the questions; returns whether the loss is the best so far."""
-        with self._window.off_the_clock():
+        with self.window.off_the_clock():
             training = self.config.training
             metrics = evaluate(self.model, self.data.val, training.batch_size, self.device, training.eval_batches)
             if answers and self.exam is not None:
@@ -278,19 +287,19 @@ class Trainer:
 
     def _save(self, *, wait: bool = False) -> None:
         """Save, in the background unless told to wait; a model that is not finite is never kept."""
-        with self._window.off_the_clock():
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-                raise self._not_finite("the weights")
+        with self.window.off_the_clock():
+            if wrong := self._guard.wrong_in_state(self):
+                if wait or self.step >= self.total_steps:
+                    raise self._guard.error(self, wrong)
+                self._guard.roll_back(self, wrong)
+                return
             self._saver.save(capture(self), wait=wait)
+            self._guard.saved()
 
-    def _not_finite(self, what: str) -> NotFiniteError:
+    def last_saved(self) -> int | None:
+        """The step of the newest checkpoint, if there is one; the save that is on its way is waited for."""
         self._finish_saving()
-        saved = self.store.latest()
-        kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
-        return NotFiniteError(
-            f"not finite at step {self.step}: {what}; {kept}",
-            hint="lower training.learning_rate, or set training.gradient_clip",
-        )
+        return self.store.latest()
 
     def _extra_losses(
         self, batch: Batch, logits: Tensor, targets: Tensor, model_state: dict[str, Any]

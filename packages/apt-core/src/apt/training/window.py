@@ -41,6 +41,10 @@ class Window:
             self._parts.setdefault(name, []).append(part)
         self._norm = norm
 
+    def is_finite(self) -> bool:
+        """Whether the losses gathered are; waits for the device."""
+        return not self._losses or bool(torch.isfinite(torch.stack(self._losses)).all())
+
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
         """What happens inside this block does not count as training time."""

@@ -1,0 +1,127 @@
+"""Numbers that are none: how they are noticed, and what becomes of a run that meets them.
+
+`training.on_not_finite` says it. `stop` (the default) ends the run at the next record or checkpoint; nothing in the
+loop waits for the device. `skip` and `rollback` look at the loss and the gradients of every step before the weights
+change, and pass a bad step over: its batch counts as seen, the weights stay. `rollback` also takes weights, moments and
+the plugins' states back to the last checkpoint, for what led to the bad step lies before it; the text and the schedules
+go on from where they were, past the batches in between (as in PaLM, arXiv:2204.02311, section 5.1).
+
+Under all three a checkpoint is written only if the weights and the optimizer's state are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from apt.core.errors import NotFiniteError
+from apt.training.state import take_back
+
+if TYPE_CHECKING:
+    from apt.training.trainer import Trainer
+
+MAX_SKIPPED = 10
+"""Steps in a row that are passed over; one more, and the run is not training."""
+
+MAX_ROLLBACKS = 3
+"""Times that a run goes back with no new checkpoint in between."""
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number is finite; waits for the devices.
+
+    A sum is finite only if all its terms are, and is found several times as fast as the terms are looked at one by one;
+    that is left for a sum which overflows.
+    """
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in floating:
+        sums.setdefault(tensor.device, []).append(tensor.sum().float())
+    if all(bool(torch.isfinite(torch.stack(of_device)).all()) for of_device in sums.values()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
+
+
+class FiniteGuard:
+    """Watches one run.
+
+    Args:
+        policy: `training.on_not_finite`.
+    """
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        self._skipped = self._rollbacks = 0
+
+    def wrong_in_step(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> str:
+        """What of a step, its gradients complete, is not finite; "" if nothing is, and under `stop`."""
+        if self.policy == "stop":
+            return ""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        wrong = (
+            "" if bool(torch.isfinite(norm + loss)) else "the gradients" if bool(torch.isfinite(loss)) else "the loss"
+        )
+        self._skipped = self._skipped + 1 if wrong else 0
+        return wrong
+
+    def wrong_in_state(self, trainer: Trainer) -> str:
+        """What of a run between two steps is not finite and must not be saved; "" if nothing is."""
+        if not trainer.window.is_finite():
+            return "the loss"
+        if not all_finite(trainer.model.parameters()):
+            return "the weights"
+        state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+        return "" if all_finite(value for value in state if isinstance(value, Tensor)) else "the optimizer's state"
+
+    def saved(self) -> None:
+        """A checkpoint is being written: there is something new to go back to."""
+        self._rollbacks = 0
+
+    def pass_over(self, trainer: Trainer, wrong: str) -> None:
+        """Leave out a step that is `wrong`: clear its gradients, get the run fit to go on, and say so.
+
+        Raises:
+            NotFiniteError: it cannot go on, or has tried often enough.
+        """
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if self.policy == "rollback":
+            self.roll_back(trainer, wrong)
+            return
+        # With weights that are not finite every step to come is wrong, too.
+        if self._skipped > MAX_SKIPPED or not all_finite(trainer.model.parameters()):
+            raise self.error(trainer, wrong)
+        self._tell(trainer, wrong, "passed over")
+
+    def roll_back(self, trainer: Trainer, wrong: str) -> None:
+        """Take a run that is `wrong` back to the weights of its last checkpoint, if the policy says so.
+
+        Raises:
+            NotFiniteError: it is another policy, there is no checkpoint, or it has gone back often enough.
+        """
+        if self.policy != "rollback" or self._rollbacks == MAX_ROLLBACKS or trainer.last_saved() is None:
+            raise self.error(trainer, wrong)
+        self._rollbacks += 1
+        step = take_back(trainer, trainer.store.load())
+        self._tell(trainer, wrong, f"going on with the state of step {step}")
+
+    def _tell(self, trainer: Trainer, wrong: str, what: str) -> None:
+        trainer.note(f"step {trainer.step}: {wrong} not finite; {what}")
+        trainer.extra_metrics["not_finite"] = trainer.extra_metrics.get("not_finite", 0) + 1
+
+    def error(self, trainer: Trainer, wrong: str) -> NotFiniteError:
+        """What ends the run, with what is kept of it."""
+        saved = trainer.last_saved()
+        kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved yet"
+        tried = ""
+        if self._skipped > MAX_SKIPPED:
+            tried = f", after {MAX_SKIPPED} steps that were passed over"
+        elif self._rollbacks:
+            tried = f", after {self._rollbacks} returns to the last checkpoint"
+        return NotFiniteError(
+            f"not finite at step {trainer.step}{tried}: {wrong}; {kept}",
+            hint="lower training.learning_rate, or set training.gradient_clip",
+        )

@@ -1,0 +1,239 @@
+"""NaN, inf and -inf in a loss, a gradient, a weight or a moment: what each policy makes of them, and that no checkpoint
+holds any."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apt.checkpoint.store import CheckpointStore
+from apt.core.errors import NotFiniteError
+from apt.core.runs import RunFolder
+from apt.training.finite import MAX_ROLLBACKS, MAX_SKIPPED, all_finite
+from apt.training.metrics import read_metrics
+from apt.training.signals import Interrupted
+from apt.training.trainer import Trainer
+
+Config = dict[str, Any]
+VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run of 12 steps, 6 an epoch, with a checkpoint after every third."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
+    return {
+        "name": "small",
+        "output_dir": str(tmp_path / "runs"),
+        "plugins": [],
+        "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
+        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
+        "training": {"max_epochs": 2, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
+        "checkpoint": {"every": 3, "keep_last": 99},
+        "hardware": {"device": "cpu"},
+    }
+
+
+class Poison:
+    """Puts a value that is no number somewhere, at the steps given."""
+
+    def __init__(self, where: str, value: float, *steps: int) -> None:
+        self.where, self.value, self.steps = where, value, steps
+        self.taken: list[int] = []
+
+    def extra_losses(self, trainer: Trainer) -> dict[str, Tensor]:
+        bad = self.where == "loss" and trainer.step in self.steps
+        return {"extra": torch.tensor(self.value if bad else 0.0)}
+
+    def on_before_optimizer_step(self, trainer: Trainer) -> None:
+        if self.where == "gradient" and trainer.step in self.steps:
+            next(iter(trainer.model.parameters())).grad.view(-1)[0] = self.value  # type: ignore[union-attr]
+
+    def on_step_end(self, step: int, trainer: Trainer) -> None:
+        self.taken.append(step)
+        if step not in self.steps:
+            return
+        weight = next(iter(trainer.model.parameters()))
+        with torch.no_grad():
+            if self.where == "weight":
+                weight.view(-1)[0] = self.value
+            if self.where == "moment":
+                trainer.optimizer.state[weight]["exp_avg_sq"].view(-1)[0] = self.value
+
+
+def run(config: Config, policy: str, *hooks: object, resume: RunFolder | None = None) -> Trainer:
+    config["training"]["on_not_finite"] = policy
+    trainer = Trainer(config, quiet=True, resume=resume)
+    for hook in hooks:
+        trainer.register_hook(hook)
+    trainer.train()
+    return trainer
+
+
+def stopped(config: Config, policy: str, poison: Poison) -> tuple[CheckpointStore, NotFiniteError]:
+    trainer = Trainer({**config, "training": {**config["training"], "on_not_finite": policy}}, quiet=True)
+    trainer.register_hook(poison)
+    with pytest.raises(NotFiniteError) as error:
+        trainer.train()
+    assert error.value.exit_code == 2
+    assert_finite(trainer.store)
+    return trainer.store, error.value
+
+
+def assert_finite(store: CheckpointStore) -> None:
+    for step in store.steps():
+        checkpoint = store.load(step)
+        moments = [value for state in checkpoint.optimizer["state"].values() for value in state.values()]
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in (*checkpoint.model.values(), *moments)), step
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight", "moment"])
+@pytest.mark.parametrize(("value", "every"), [(math.nan, 1), (math.nan, 3), (math.inf, 1), (-math.inf, 3)])
+def test_stop_ends_the_run_and_keeps_what_was_good(config: Config, where: str, value: float, every: int) -> None:
+    config["checkpoint"]["every"] = every
+    store, error = stopped(config, "stop", Poison(where, value, 7))
+    # Poisoned in the eighth step. Whether a checkpoint is due just then or later, none holds it.
+    assert store.latest() == (7 if every == 1 else 6)
+    assert f"the checkpoint of step {store.latest()} is kept" in error.message
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+def test_nothing_is_saved_where_the_first_step_is_bad(config: Config, policy: str, where: str) -> None:
+    if policy == "skip" and where != "weight":
+        assert run(config, policy, Poison(where, math.nan, 0)).step == 12
+        return
+    store, error = stopped(config, policy, Poison(where, math.nan, 0))
+    assert store.steps() == [] and "nothing was saved yet" in error.message
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_skip_passes_the_step_over(config: Config, where: str, value: float) -> None:
+    poison = Poison(where, value, 2, 7, 8, 11)
+    trainer = run(config, "skip", poison)
+    assert (trainer.step, trainer.epoch) == (12, 2)
+    assert poison.taken == [0, 1, 3, 4, 5, 6, 9, 10]
+    assert trainer.store.steps() == [3, 6, 9, 12]
+    assert_finite(trainer.store)
+    records = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
+    assert sum(record.get("not_finite", 0) for record in records) == 4
+    assert all(record["loss"] is not None for record in records if record["event"] == "train")
+    wrong = "the loss" if where == "loss" else "the gradients"
+    assert f"step 3: {wrong} not finite; passed over" in (trainer.run_dir / "run.log").read_text()
+
+
+def test_a_step_that_is_passed_over_leaves_weights_and_moments_alone(config: Config) -> None:
+    config["checkpoint"]["every"] = 1
+    store = run(config, "skip", Poison("gradient", math.nan, 4)).store
+    before, after, later = (store.load(step) for step in (4, 5, 6))
+    assert all(torch.equal(after.model[name], weight) for name, weight in before.model.items())
+    for index, state in before.optimizer["state"].items():
+        assert all(torch.equal(after.optimizer["state"][index][name], value) for name, value in state.items())
+    assert not all(torch.equal(later.model[name], weight) for name, weight in before.model.items())
+
+
+def test_skip_gives_up_where_nothing_is_trained_any_more(config: Config) -> None:
+    store, error = stopped(config, "skip", Poison("loss", math.nan, *range(1, 99)))
+    assert f"at step {MAX_SKIPPED + 2}, after {MAX_SKIPPED} steps that were passed over: the loss" in error.message
+    assert store.steps(), "what was good is saved meanwhile"
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_skip_cannot_mend_what_is_kept(config: Config, where: str) -> None:
+    store, error = stopped(config, "skip", Poison(where, math.inf, 6))
+    assert store.latest() == 6 and "the checkpoint of step 6 is kept" in error.message
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("loss", math.nan), ("loss", -math.inf), ("gradient", math.inf), ("weight", math.nan), ("moment", math.inf)],
+)
+def test_rollback_goes_on_from_the_last_checkpoints_weights(config: Config, where: str, value: float) -> None:
+    trainer = run(config, "rollback", Poison(where, value, 7))
+    assert (trainer.step, trainer.epoch) == (12, 2)
+    assert_finite(trainer.store)
+    log = (trainer.run_dir / "run.log").read_text()
+    assert "not finite; going on with the state of step 6" in log
+    assert trainer.store.latest() == 12
+
+
+def test_what_is_rolled_back_is_the_state_of_the_checkpoint(config: Config) -> None:
+    seen: list[bool] = []
+    states: list[int] = []
+
+    class Look:
+        """Compares the weights before step 8 with those of the checkpoint of step 6."""
+
+        def on_step_start(self, step: int, trainer: Trainer) -> None:
+            if step == 8:
+                kept = trainer.store.load(6)
+                seen.append(all(torch.equal(kept.model[k], v) for k, v in trainer.model.state_dict().items()))
+                moments = trainer.optimizer.state_dict()["state"]
+                seen.extend(
+                    torch.equal(moments[index][name], value)
+                    for index, state in kept.optimizer["state"].items()
+                    for name, value in state.items()
+                )
+
+        def on_checkpoint_save(self, trainer: Trainer) -> dict[str, int]:
+            return {"step": trainer.step}
+
+        def on_checkpoint_load(self, state: dict[str, int]) -> None:
+            states.append(state["step"])
+
+    run(config, "rollback", Poison("loss", math.nan, 7), Look())
+    assert len(seen) > 10 and all(seen)
+    assert states == [6]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_that_has_met_them_resumes_bit_for_bit(config: Config, policy: str) -> None:
+    class StopAt:
+        def on_step_end(self, step: int) -> None:
+            if step == 9:
+                signal.raise_signal(signal.SIGINT)
+
+    whole = run(config, policy, Poison("loss", math.nan, 4, 7))
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(Poison("loss", math.nan, 4, 7))
+    trainer.register_hook(StopAt())
+    with pytest.raises(Interrupted):
+        trainer.train()
+    half = RunFolder(trainer.run_dir)
+    again = run(config, policy, Poison("loss", math.nan, 4, 7), resume=half)
+    a, b = whole.store.load(12), again.store.load(12)
+    assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
+
+
+def test_rollback_gives_up_where_it_leads_nowhere(config: Config) -> None:
+    config["checkpoint"]["every"] = 100
+    store, error = stopped(config, "rollback", Poison("loss", math.nan, *range(7, 99)))
+    assert store.steps() == [6]
+    assert f"after {MAX_ROLLBACKS} returns to the last checkpoint: the loss; the checkpoint of step 6 is kept" in str(
+        error
+    )
+
+
+def test_a_run_never_ends_well_with_weights_that_are_not(config: Config) -> None:
+    store, _ = stopped(config, "rollback", Poison("weight", math.nan, 11))
+    assert store.latest() == 9
+
+
+def test_all_finite_follows_its_definition() -> None:
+    big = torch.full((3,), 3e38)
+    assert all_finite([]) and all_finite([big, torch.arange(4), torch.empty(0), torch.ones(2, dtype=torch.float64)])
+    assert not bool(torch.isfinite(big.sum())), "a sum that overflows says nothing"
+    for value in VALUES.values():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            bad = torch.zeros(5, dtype=dtype)
+            bad[3] = value
+            assert not all_finite([torch.ones(2), bad]) and not all_finite([big, bad])
+    assert not all_finite([torch.tensor([math.inf, -math.inf])])
