@@ -509,7 +509,7 @@ def test_the_provider_serves_the_documented_snippet():
     assert (provider.get_name(), provider.get_version()) == ("tva_default", "1.0.0")
     layer = provider.create_layer(d_model=768, num_heads=12)
     assert (layer.d_model, layer.d_vein, layer.slice_dim, layer.num_slices) == (768, 192, 64, 3)
-    assert layer.capabilities == {"cache", "documents", "cross_attention", "weights"}
+    assert layer.capabilities == {"cache", "documents", "cross_attention", "cross_cache", "weights"}
     x = torch.randn(1, 3, 768)
     assert layer(x, x, x)[0].shape == x.shape
 

@@ -87,7 +87,7 @@ def test_the_stable_pass_uses_the_averages_without_graph_dropout_or_trace() -> N
     positions = torch.arange(5).repeat(2, 1)
     state = torch.get_rng_state()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    out = stable_output(model, optimizer, SimpleNamespace(tokens=tokens, positions=positions, document_ids=None))
+    out = stable_output(model, optimizer, SimpleNamespace(tokens=tokens, context={"positions": positions}))
     assert torch.equal(out, average[tokens] * model.gain + positions[..., None])
     assert not out.requires_grad
     assert torch.equal(torch.get_rng_state(), state)

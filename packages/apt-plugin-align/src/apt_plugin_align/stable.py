@@ -59,6 +59,5 @@ def stable_output(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
         for name, parameter in model.named_parameters()
         if STABLE in optimizer.state.get(parameter, ())
     }
-    places = {"positions": batch.positions, "document_ids": batch.document_ids}
     with torch.no_grad(), evaluation_mode(model):
-        return functional_call(model, weights, (batch.tokens,), places)
+        return functional_call(model, weights, (batch.tokens,), batch.context)

@@ -21,6 +21,7 @@ def apt_register_providers(registry: Registry) -> None:
     register("ffn", "default", "apt.modeling.layers.ffn:DefaultFFN", True, version="1.0.0")
     register("ffn", "swiglu", "apt.modeling.layers.ffn:SwiGLU", version="1.0.0")
     register("dataset", "files", "apt.data.sources:FilesDataset", version="1.0.0")
+    register("dataset", "pairs", "apt.data.pairs:PairsDataset", version="1.0.0")
     register("dataset", "stdlib", "apt.data.sources:StdlibDataset", version="1.0.0")
     register("tokenizer", "byte", "apt.data.tokenizers:ByteTokenizerProvider", version="1.0.0")
     register("tokenizer", "char", "apt.data.tokenizers:CharTokenizerProvider", version="1.0.0")

@@ -37,7 +37,7 @@ def run_train_command(args: Namespace) -> int:
     if run is not None and args.run_dir is not None:
         raise UsageError("apt train: --resume goes on in the run's own folder", hint="leave --run-dir out")
     if "data.train_path" in overrides and "data.dataset" not in overrides:
-        overrides["data.dataset"] = "files"  # who names a text wants it read, whatever the profile reads
+        overrides["data.dataset"] = None  # who names a text wants it read, whatever the profile reads
     if run is not None and args.profile is not None:
         _warn_of_differences(args.profile, run, overrides)
 

@@ -47,7 +47,8 @@ def run_generate_command(args: Namespace) -> int:
     voter = generator.voter(args.voter) if args.voter else None
     settings = _settings(args, voter)
     if len(prompts) == 1 and args.samples == 1 and not args.json:
-        _write_as_it_comes(prompts[0], generator.stream(prompts[0], **settings))
+        shown = "" if generator.writes_targets else prompts[0]
+        _write_as_it_comes(shown, generator.stream(prompts[0], **settings))
         if voter is not None:
             generator.note(tell(voter, generator.votes))
         return 0
@@ -56,7 +57,8 @@ def run_generate_command(args: Namespace) -> int:
         if args.json:
             _write(_as_json(completion) + "\n")
         else:
-            _write((f"{BETWEEN}\n" if index else "") + completion.prompt + completion.text + "\n")
+            shown = "" if generator.writes_targets else completion.prompt
+            _write((f"{BETWEEN}\n" if index else "") + shown + completion.text + "\n")
         if voter is not None:
             generator.note(f"{index + 1}: {tell(voter, completion.votes)}")
     return 0

@@ -36,8 +36,9 @@ class OpenSection(Section):
 class ModelConfig(OpenSection):
     """The shape of the model and the names of its parts."""
 
-    backbone: Literal["gpt"] = "gpt"
-    """How the parts are put together."""
+    backbone: Literal["gpt", "encdec"] = "gpt"
+    """How the parts are put together: `gpt` continues texts; `encdec`, an encoder-decoder, writes the target that goes
+    with a source."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; taken from the tokenizer if left out."""
     max_seq_len: PositiveInt = 256
@@ -46,6 +47,8 @@ class ModelConfig(OpenSection):
     """Width of the residual stream."""
     num_heads: PositiveInt = 4
     num_layers: PositiveInt = 4
+    num_encoder_layers: PositiveInt | None = None
+    """Layers of the encoder of `encdec`, beside the `num_layers` of its decoder; as many if left out."""
     d_ff: PositiveInt | None = None
     """Width of the FFN's hidden layer; 4 * d_model if left out."""
     attention_name: str = "tva_default"
@@ -79,6 +82,12 @@ class ModelConfig(OpenSection):
                 f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}; heads that fit: "
                 + ", ".join(map(str, fits))
             )
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_belongs_to_encdec(self) -> ModelConfig:
+        if self.num_encoder_layers is not None and self.backbone != "encdec":
+            raise ValueError(f"num_encoder_layers: the backbone {self.backbone} has no encoder; set backbone: encdec")
         return self
 
     @property

@@ -6,7 +6,8 @@ Where a run is in its data is two numbers, the epoch and the index of the batch:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,16 @@ class Batch:
     """int64 [N, T], equal within a document; None where documents are not kept apart."""
     positions: Tensor | None = None
     """int64 [N, T], from 0 at the start of each document or row; None where documents are not kept apart."""
+    source: Tensor | None = None
+    """int64 [N, S], what each row is the target of, in the batches of an encoder-decoder."""
+    source_padding: Tensor | None = None
+    """bool [N, S], True where a source has ended; None where all are of one length."""
+
+    @property
+    def context(self) -> dict[str, Tensor]:
+        """What the model is given beside the tokens, as keyword arguments."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def split(self, n: int) -> list[Batch]:
         """`n` micro-batches of equal size, as views. N must be a multiple of `n`."""
@@ -55,7 +66,33 @@ class Batch:
         return Batch(*(None if x is None else x[rows] for x in self._tensors()))  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.tokens, self.targets, self.document_ids, self.positions
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+class Loader(Protocol):
+    """Deals out batches."""
+
+    batch_size: int
+    """Rows N of an epoch's batches: all that one optimizer step takes."""
+    block_size: int
+    """Tokens of a row, at most."""
+
+    @property
+    def size(self) -> str:
+        """How much there is, in words."""
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """How many tokens one batch of an epoch trains on."""
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same for every epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`."""
+
+    def eval_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """All there is, in order, in batches of at most so many rows; at most `limit` of them."""
 
 
 class TokenLoader:
@@ -103,6 +140,11 @@ class TokenLoader:
         steps = len(tokens) - 1
         self._blocks = max(min(batch_size, steps // block_size), (steps - (block_size - 1)) // block_size)
         self._slack = steps - self._blocks * block_size
+
+    @property
+    def size(self) -> str:
+        """How much there is, in words."""
+        return f"{len(self.tokens):,} tokens"
 
     @property
     def tokens_per_batch(self) -> int:

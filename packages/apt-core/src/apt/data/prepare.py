@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +21,8 @@ from apt.core.errors import AptError, AptWarning, ConfigError, DataError, Provid
 from apt.core.in_use import ProvidersInUse
 from apt.core.providers.dataset import DatasetProvider, Piece
 from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
-from apt.data.loader import TokenLoader
+from apt.data.loader import Loader, TokenLoader
+from apt.data.pairs import PairLoader, PairsDataset, split_pairs
 from apt.data.sources import FilesDataset
 from apt.data.token_store import FORMAT_VERSION, Tokens, load_or_tokenize
 
@@ -29,6 +30,9 @@ Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the bytes of text done, and the bytes in all if they are known."""
 
 PROGRESS_SECONDS = 0.05
+
+READS_FILES: dict[str, type[FilesDataset]] = {"files": FilesDataset, "pairs": PairsDataset}
+"""The datasets that read `data.train_path`."""
 
 TOKENIZER_HAS = ("vocab_size", "eos_id", "encode", "decode", "save")
 """What is used of a tokenizer."""
@@ -39,9 +43,9 @@ class Data:
     """What a run reads."""
 
     tokenizer: Tokenizer
-    train: TokenLoader
+    train: Loader
     """Its batches hold one optimizer step each, accumulation included."""
-    val: TokenLoader
+    val: Loader
     """What is held out; `val.eval_batches` goes through all of it."""
     fingerprint: str
     """Changes whenever the text, its split or the tokenizer do: a resumed run can tell."""
@@ -57,7 +61,7 @@ def prepare_data(
     """Read, tokenize and split the text that a profile names; tokens that are cached are not made again.
 
     The tokenizer is built on all of the text, what is held out included. Without `data.val_path` the end of the token
-    stream is held out: with n tokens, all from `int(n * (1 - data.val_fraction))` on.
+    stream is held out: with n tokens, all from `int(n * (1 - data.val_fraction))` on; of n pairs likewise.
 
     Args:
         in_use: where the dataset and the tokenizer come from. The settings of `data` itself become their sections;
@@ -71,7 +75,7 @@ def prepare_data(
         DataError: the text cannot be read or tokenized, or is too short.
     """
     _hand_down(config.data, in_use)
-    texts = _texts(config.data, in_use, progress)
+    texts = _texts(config, in_use, progress)
     fingerprints = [text.fingerprint() for text in texts]
     name = _tokenizer_name(config.data)
     if tokenizer_path is not None:
@@ -91,18 +95,10 @@ def prepare_data(
         identity = _identity(tokenizer)
         keys = [_digest(FORMAT_VERSION, fingerprint, identity) for fingerprint in fingerprints]
         streams = [text.tokens(folder, key, tokenizer) for text, key in zip(texts, keys, strict=True)]
-    if len(streams) == 1:
-        cut = int(len(streams[0]) * (1 - config.data.val_fraction))
-        streams = [streams[0].slice(0, cut), streams[0].slice(cut, len(streams[0]))]
-
-    train = _loader(config, streams[0], f"the training part of {texts[0].label}")
-    val = _loader(config, streams[1], f"the held-out part of {texts[0].label}" if len(texts) == 1 else texts[1].label)
-    if len(train) == 0:
-        raise DataError(
-            f"the training part of {texts[0].label} has {len(train.tokens)} tokens; one step of {train.batch_size} "
-            f"blocks of {train.block_size} needs {train.batch_size * train.block_size + 1}",
-            hint="give more text or lower training.batch_size, training.gradient_accumulation or model.max_seq_len",
-        )
+    names = [f"the training part of {texts[0].label}"]
+    names.append(f"the held-out part of {texts[0].label}" if len(texts) == 1 else texts[1].label)
+    load = _load_pairs if config.model.backbone == "encdec" else _load_text
+    train, val = load(config, tokenizer, streams, names)
     split = config.data.val_fraction if len(texts) == 1 else None
     return Data(tokenizer, train, val, _digest(*(key.hex() for key in keys), split).hex())
 
@@ -114,7 +110,7 @@ def use_data_providers(config: RunConfig, in_use: ProvidersInUse) -> None:
         ConfigError, ProviderError: as `prepare_data`.
     """
     _hand_down(config.data, in_use)
-    _texts(config.data, in_use, None)
+    _texts(config, in_use, None)
     _use(in_use, "tokenizer", _tokenizer_name(config.data))
 
 
@@ -143,31 +139,42 @@ def _hand_down(data: DataConfig, in_use: ProvidersInUse) -> None:
         "bpe": {"vocab_size": data.vocab_size},
         "file": {"path": data.tokenizer},
     }
+    if data.train_path is not None:
+        own["pairs"] = {"train_path": data.train_path}
     extended = {name: {**settings, **given.get(name, {})} for name, settings in own.items()}
     in_use.sections = {**in_use.sections, "data": {**given, **extended}}
 
 
-def _texts(data: DataConfig, in_use: ProvidersInUse, progress: Progress | None) -> list[_Text]:
+def _texts(config: RunConfig, in_use: ProvidersInUse, progress: Progress | None) -> list[_Text]:
     """The text to train on, and the text to validate on if it is one of its own."""
-    files = in_use.sections["data"]["files"]
-    name = data.dataset or ("files" if "train_path" in files else None)
-    if name is None or (name == "files" and "train_path" not in files):
+    data, wants_pairs = config.data, config.model.backbone == "encdec"
+    usual = "pairs" if wants_pairs else "files"
+    sections = in_use.sections["data"]
+    name = data.dataset or (usual if "train_path" in sections.get(usual, {}) else None)
+    if name is None or (name in READS_FILES and "train_path" not in sections.get(name, {})):
         raise ConfigError(
-            "the profile names no text to train on" if name is None else "the dataset 'files' needs data.train_path",
+            "the profile names no text to train on" if name is None else f"the dataset {name!r} needs data.train_path",
             hint="set data.train_path to a text file or a folder of them, or data.dataset to a dataset such as stdlib",
         )
-    if name != "files" and data.train_path is not None:
+    if name not in READS_FILES and data.train_path is not None:
         warnings.warn(
             f"data.train_path {data.train_path} is not read: data.dataset is {name!r}; "
-            "set data.dataset to files to read it",
+            f"set data.dataset to {usual} to read it",
             AptWarning,
             stacklevel=3,
         )
-    label = os.path.expanduser(files["train_path"]) if name == "files" else f"the dataset {name!r}"
-    texts = [_Text(_use(in_use, "dataset", name), name, label, progress)]
+    dataset = _use(in_use, "dataset", name)
+    if getattr(dataset, "pairs", False) != wants_pairs:
+        raise ConfigError(
+            f"data.dataset: {name!r} yields {'texts' if wants_pairs else 'pairs'}, and model.backbone "
+            f"{config.model.backbone} learns {'pairs' if wants_pairs else 'texts'}",
+            hint=f"set data.dataset to {usual}, or leave it out and give data.train_path",
+        )
+    label = os.path.expanduser(sections[name]["train_path"]) if name in READS_FILES else f"the dataset {name!r}"
+    texts = [_Text(dataset, name, label, progress)]
     if data.val_path is not None:
-        held_out = FilesDataset({**files, "train_path": data.val_path})
-        texts.append(_Text(held_out, "files", os.path.expanduser(data.val_path), progress))
+        held_out = READS_FILES[usual]({**sections.get(usual, {}), "train_path": data.val_path})
+        texts.append(_Text(held_out, usual, os.path.expanduser(data.val_path), progress))
     return texts
 
 
@@ -181,15 +188,71 @@ def _use(in_use: ProvidersInUse, kind: str, name: str) -> Any:
     return in_use.use(kind, name, lambda provider: provider)
 
 
-def _loader(config: RunConfig, tokens: Tokens, name: str) -> TokenLoader:
-    return TokenLoader(
-        tokens,
-        config.model.max_seq_len,
-        config.training.batch_size * config.training.gradient_accumulation,
-        seed=config.training.seed,
-        document_mask=config.data.document_mask,
-        name=name,
+def _load_text(
+    config: RunConfig, tokenizer: Tokenizer, streams: list[Tokens], names: Sequence[str]
+) -> tuple[Loader, Loader]:
+    """The text to train on and the text to validate on, in blocks."""
+    if len(streams) == 1:
+        cut = int(len(streams[0]) * (1 - config.data.val_fraction))
+        streams = [streams[0].slice(0, cut), streams[0].slice(cut, len(streams[0]))]
+    train, val = (
+        TokenLoader(
+            tokens,
+            config.model.max_seq_len,
+            _rows_per_step(config),
+            seed=config.training.seed,
+            document_mask=config.data.document_mask,
+            name=name,
+        )
+        for tokens, name in zip(streams, names, strict=True)
     )
+    if len(train) == 0:
+        raise DataError(
+            f"{names[0]} has {len(train.tokens)} tokens; one step of {train.batch_size} "
+            f"blocks of {train.block_size} needs {train.batch_size * train.block_size + 1}",
+            hint="give more text or lower training.batch_size, training.gradient_accumulation or model.max_seq_len",
+        )
+    return train, val
+
+
+def _load_pairs(
+    config: RunConfig, tokenizer: Tokenizer, streams: list[Tokens], names: Sequence[str]
+) -> tuple[Loader, Loader]:
+    """Likewise for pairs."""
+    eos_id = tokenizer.eos_id
+    if eos_id is None:
+        raise ConfigError(
+            f"data.tokenizer: {config.data.tokenizer} has no token to end a target",
+            hint="choose one that has, such as byte, char or bpe",
+        )
+    if config.data.document_mask:
+        warnings.warn("data.document_mask says nothing here: each row is one pair", AptWarning, stacklevel=3)
+    for tokens, name in zip(streams, names, strict=False):
+        if len(tokens.starts) % 2:
+            raise ProviderError(f"{name} has a source without a target", hint="mend the plugin that brings the dataset")
+    if len(streams) == 1:
+        streams = list(split_pairs(streams[0], config.data.val_fraction))
+    train, val = (
+        PairLoader(
+            tokens,
+            config.model.max_seq_len,
+            _rows_per_step(config),
+            eos_id=eos_id,
+            seed=config.training.seed,
+            name=name,
+        )
+        for tokens, name in zip(streams, names, strict=True)
+    )
+    if len(train) == 0:
+        raise DataError(
+            f"{names[0]} has {train.pairs} pairs; one step takes {train.batch_size}",
+            hint="give more pairs or lower training.batch_size or training.gradient_accumulation",
+        )
+    return train, val
+
+
+def _rows_per_step(config: RunConfig) -> int:
+    return config.training.batch_size * config.training.gradient_accumulation
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -55,6 +55,14 @@ def read_file(path: Path, text_field: str, expected: Stat | None = None) -> Iter
         yield from READERS[path.suffix.lower()](path, file, text_field)
 
 
+def read_with(
+    reader: Callable[[Path, BufferedReader], Iterator[Piece]], path: Path, expected: Stat | None = None
+) -> Iterator[Piece]:
+    """What `reader` makes of one file, which is watched as `read_file` does. Raises likewise."""
+    with _opened(path, expected) as (file, _):
+        yield from reader(path, file)
+
+
 def hash_file(path: Path) -> tuple[Stat, str]:
     """What a file is now: its size, the time of its last change, and the SHA-256 of its content in hexadecimal."""
     with _opened(path, None) as (file, stat):
@@ -88,7 +96,12 @@ def _read_text(path: Path, file: BufferedReader, _text_field: str) -> Iterator[P
             return
 
 
-def _read_jsonl(path: Path, file: BufferedReader, text_field: str) -> Iterator[Piece]:
+def decoded_lines(path: Path, file: BufferedReader) -> Iterator[tuple[str, str]]:
+    """("FILE:NUMBER", line) of the lines that are not blank.
+
+    Raises:
+        DataError: the file is not text, or a line not UTF-8.
+    """
     offset = 0
     for number, line in enumerate(file, start=1):
         where = f"{path}:{number}"
@@ -101,24 +114,42 @@ def _read_jsonl(path: Path, file: BufferedReader, text_field: str) -> Iterator[P
         except UnicodeDecodeError as error:
             raise _not_utf8(where, offset + error.start) from error
         offset += len(line)
-        if not source.strip():
-            continue
+        if source.strip():
+            yield where, source
+
+
+def jsonl_texts(path: Path, file: BufferedReader, fields: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """("FILE:NUMBER", the texts of these fields) of each line.
+
+    Args:
+        fields: {key of the profile that names the field: its name}.
+
+    Raises:
+        DataError: a line is not JSON, or no object with text in these fields.
+    """
+    for where, source in decoded_lines(path, file):
         try:
             record = json.loads(source)
         except (ValueError, RecursionError) as error:
             what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{where}: not JSON ({what})", hint=_jsonl_hint(text_field)) from error
+            raise DataError(f"{where}: not JSON ({what})", hint=_jsonl_hint(*fields.values())) from error
         if not isinstance(record, dict):
-            raise DataError(f"{where}: {_kind_of(record)}, not an object", hint=_jsonl_hint(text_field))
-        if text_field not in record:
-            raise DataError(f"{where}: no field {text_field!r}", hint=_field_hint(text_field, list(record)))
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: the field {text_field!r} holds {_kind_of(text)}, not text", hint="set data.text_field"
-            )
+            raise DataError(f"{where}: {_kind_of(record)}, not an object", hint=_jsonl_hint(*fields.values()))
+        texts = []
+        for key, name in fields.items():
+            if name not in record:
+                raise DataError(f"{where}: no field {name!r}", hint=_field_hint(name, list(record), key))
+            text = record[name]
+            if not isinstance(text, str):
+                raise DataError(f"{where}: the field {name!r} holds {_kind_of(text)}, not text", hint=f"set {key}")
+            texts.append(checked(text, where))
+        yield where, texts
+
+
+def _read_jsonl(path: Path, file: BufferedReader, text_field: str) -> Iterator[Piece]:
+    for _, (text,) in jsonl_texts(path, file, {"data.text_field": text_field}):
         if text:
-            yield Piece(_checked(text, where))
+            yield Piece(text)
 
 
 def _read_parquet(path: Path, file: BufferedReader, text_field: str) -> Iterator[Piece]:
@@ -147,7 +178,7 @@ def _read_parquet(path: Path, file: BufferedReader, text_field: str) -> Iterator
                 if text is None:
                     raise DataError(f"{where}: the column {text_field!r} is null", hint="leave such rows out")
                 if text:
-                    yield Piece(_checked(text, where))
+                    yield Piece(checked(text, where))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: not a readable Parquet file ({reason})", hint="write or copy it again") from error
@@ -181,7 +212,7 @@ def _stat(file: BufferedReader) -> Stat:
     return status.st_size, status.st_mtime_ns
 
 
-def _checked(text: str, where: str) -> str:
+def checked(text: str, where: str) -> str:
     """JSON and Parquet can hold what no text file can."""
     if "\0" in text:
         raise DataError(f"{where}: the text has a NUL character", hint="remove it: NUL stands between documents")
@@ -219,14 +250,15 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path} changed while it was being read", hint="start again when nothing writes to it")
 
 
-def _jsonl_hint(text_field: str) -> str:
-    return f'each line of a .jsonl file is one object, such as {{"{text_field}": "..."}}'
+def _jsonl_hint(*fields: str) -> str:
+    content = ", ".join(f'"{field}": "..."' for field in fields)
+    return f"each line of a .jsonl file is one object, such as {{{content}}}"
 
 
-def _field_hint(wanted: str, present: list[str]) -> str:
+def _field_hint(wanted: str, present: list[str], key: str = "data.text_field") -> str:
     near = did_you_mean(wanted, present)
     shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "") or "none"
-    return f"set data.text_field to one of: {shown}" + (f" (did you mean {near!r}?)" if near else "")
+    return f"set {key} to one of: {shown}" + (f" (did you mean {near!r}?)" if near else "")
 
 
 def _kind_of(value: Any) -> str:

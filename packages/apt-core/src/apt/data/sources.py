@@ -7,16 +7,14 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from apt.core.config import PositiveInt, Section
 from apt.core.errors import AptWarning, DataError, did_you_mean
 from apt.core.providers.dataset import DatasetProvider, Piece
 from apt.data.readers import READERS, READERS_VERSION, Stat, hash_file, read_file
-
-KINDS = ", ".join(READERS)
 
 
 class FilesConfig(Section):
@@ -31,7 +29,8 @@ class FilesConfig(Section):
 class FilesDataset(DatasetProvider):
     """Text files: one document per .txt file, .jsonl line and .parquet row."""
 
-    Config = FilesConfig
+    Config: ClassVar[type[Any] | None] = FilesConfig
+    suffixes: ClassVar[Sequence[str]] = tuple(READERS)
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -52,14 +51,14 @@ class FilesDataset(DatasetProvider):
             if self._seen is not None:
                 # A file that was not there when the fingerprint was taken matches nothing.
                 expected = self._seen.get(path, (-1, -1))
-            for piece in read_file(path, self.config.text_field, expected):
+            for piece in self._read(path, expected):
                 empty = False
                 yield piece
         if empty:
             raise DataError(f"{self._path} is empty", hint="give a file with text in it")
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{READERS_VERSION} {self.config.text_field}\n".encode())
+        digest = hashlib.sha256(f"{READERS_VERSION} {self._fields()}\n".encode())
         self._seen = {}
         for path in self._files():
             stat, content = hash_file(path)
@@ -68,6 +67,14 @@ class FilesDataset(DatasetProvider):
             digest.update(f"{name}\0{stat[0]}\0{content}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def _read(self, path: Path, expected: Stat | None) -> Iterator[Piece]:
+        """The documents of one file; `expected` is what the fingerprint saw of it."""
+        return read_file(path, self.config.text_field, expected)
+
+    def _fields(self) -> str:
+        """Where in the files the documents lie."""
+        return str(self.config.text_field)
+
     def size_hint(self) -> int | None:
         files = self._files()
         if any(path.suffix.lower() == ".parquet" for path in files):
@@ -75,27 +82,27 @@ class FilesDataset(DatasetProvider):
         return sum(path.stat().st_size for path in files)
 
     def _files(self) -> list[Path]:
-        path = self._path
+        path, kinds = self._path, ", ".join(self.suffixes)
         try:
             if path.is_dir():
-                known, others = _files_of_folder(path)
+                known, others = _files_of_folder(path, self.suffixes)
                 if not known:
-                    raise DataError(f"{path}: no file of a known kind in this folder", hint=f"known are {KINDS}")
+                    raise DataError(f"{path}: no file of a known kind in this folder", hint=f"known are {kinds}")
                 if others and not self._warned:
                     self._warned = True
                     warnings.warn(
                         f"{path}: passing over {len(others)} file(s) of an unknown kind, such as {others[0].name}; "
-                        f"known are {KINDS}",
+                        f"known are {kinds}",
                         AptWarning,
                         stacklevel=3,
                     )
                 return known
             if path.is_file():
-                if path.suffix.lower() not in READERS:
-                    raise DataError(f"{path}: a file of an unknown kind", hint=_suffix_hint(path))
+                if path.suffix.lower() not in self.suffixes:
+                    raise DataError(f"{path}: a file of an unknown kind", hint=_suffix_hint(path, kinds))
                 return [path]
             if path.exists():
-                raise DataError(f"{path} is neither a file nor a folder", hint=f"give a file ({KINDS}) or a folder")
+                raise DataError(f"{path} is neither a file nor a folder", hint=f"give a file ({kinds}) or a folder")
             raise DataError(f"{path} does not exist", hint=_missing_hint(path))
         except OSError as error:
             raise DataError(
@@ -194,25 +201,25 @@ def _stdlib_names(root: Path, tests: bool) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def _files_of_folder(root: Path) -> tuple[list[Path], list[Path]]:
+def _files_of_folder(root: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The files of a known kind below `root`, and the others, both by relative name; hidden ones are left out."""
     found = []
     for folder, subfolders, files in os.walk(root, onerror=_raise):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [Path(folder) / name for name in files if not name.startswith(".")]
     found.sort(key=lambda path: path.relative_to(root).parts)
-    known = [path for path in found if path.suffix.lower() in READERS]
-    return known, [path for path in found if path.suffix.lower() not in READERS]
+    known = [path for path in found if path.suffix.lower() in suffixes]
+    return known, [path for path in found if path.suffix.lower() not in suffixes]
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _suffix_hint(path: Path) -> str:
+def _suffix_hint(path: Path, kinds: str) -> str:
     if path.suffix.lower() in (".json", ".ndjson"):
         return "with one JSON object a line it is called .jsonl"
-    return f"known are {KINDS}; plain text may have any content but ends in .txt"
+    return f"known are {kinds}; plain text may have any content but ends in .txt"
 
 
 def _missing_hint(path: Path) -> str:

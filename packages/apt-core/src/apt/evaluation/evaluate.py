@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from apt.core.errors import UsageError
 from apt.core.runs import RunFolder
 from apt.core.schedules import Schedule
-from apt.data.loader import NO_TARGET, TokenLoader
+from apt.data.loader import NO_TARGET, Loader
 from apt.data.prepare import prepare_data
 from apt.evaluation.answers import Exam
 from apt.inference.generator import Generator
@@ -23,7 +23,7 @@ from apt.modeling.layers.mode import evaluation_mode
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: TokenLoader, batch_size: int, device: torch.device, batches: int | None = None
+    model: nn.Module, loader: Loader, batch_size: int, device: torch.device, batches: int | None = None
 ) -> dict[str, float]:
     """Predict every token of a split once, in evaluation mode and full precision.
 
@@ -42,7 +42,7 @@ def evaluate(
         for batch in loader.eval_batches(batch_size, limit=batches):
             tokens += int((batch.targets != NO_TARGET).sum())
             batch = batch.to(device)
-            logits_BTV = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids).logits
+            logits_BTV = model(batch.tokens, **batch.context).logits
             losses = F.cross_entropy(
                 logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
             )

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apt.inference.target_batch import TargetBatch
+from apt.modeling.backbones.backbone import Backbone
+from apt.modeling.backbones.encdec import EncoderDecoder
 from apt.modeling.backbones.gpt import GPT, ModelOutput
 from apt.modeling.layers.kv_cache import ModelCache
 
@@ -99,13 +102,33 @@ class Batch:
         return self.model.make_cache(len(self.tokens_BT), self._room)
 
 
-def alike(model: GPT, prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+def make_batch(
+    model: Backbone,
+    prompts: Sequence[Sequence[int]],
+    *,
+    copies: int,
+    room: int,
+    start_id: int | None,
+    device: torch.device,
+) -> Batch | TargetBatch:
+    """What the model continues, or the targets that an encoder-decoder writes, which `start_id` starts. The arguments
+    are those of both."""
+    if isinstance(model, GPT):
+        return Batch(model, prompts, copies=copies, room=room, device=device)
+    assert isinstance(model, EncoderDecoder), type(model)
+    assert start_id is not None, "the data of an encoder-decoder are refused where the tokenizer has no such token"
+    room = min(room, model.max_seq_len)
+    return TargetBatch(model, prompts, copies=copies, room=room, start_id=start_id, device=device)
+
+
+def alike(model: Backbone, prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """The indices of `prompts`, in groups that one `Batch` takes: at most `size`, near to each other in length; of one
     length where the model's attention has no cache, for it may not know of positions either."""
     groups: list[list[int]] = []
+    pads = model.supports("cache") or isinstance(model, EncoderDecoder)
     for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         group = groups[-1] if groups else []
-        fits = model.supports("cache") or len(prompts[group[0]] if group else ()) == len(prompts[index])
+        fits = pads or len(prompts[group[0]] if group else ()) == len(prompts[index])
         if group and len(group) < size and fits:
             group.append(index)
         else:

@@ -16,7 +16,8 @@ class Chat:
     """Turns of a message and a reply.
 
     The oldest turns are left out where the model's context has no room for them, half of it at most being kept for the
-    reply; of a message that is too long by itself its end is used.
+    reply; of a message that is too long by itself its end is used. An encoder-decoder answers each message by itself,
+    as it has learned from pairs, without a template.
 
     Args:
         generator: of the run.
@@ -48,6 +49,9 @@ class Chat:
         self._max_new_tokens, self._seed, self._voter, self._sampling = max_new_tokens, seed, voter, sampling
         # A model may leave out the end of its line and go on with the other's.
         self._stop = [*stop, self.template.end, self.template.user.strip() or self.template.end]
+        if generator.writes_targets:
+            self._stop = list(stop)
+            return
         try:
             generator.tokenizer.encode(self.template.system + self._turn("", ""))
         except DataError as error:
@@ -86,6 +90,8 @@ class Chat:
     def _prompt(self, message: str) -> list[int]:
         """The tokens to continue, as many turns of them as there is room for."""
         limit = self.generator.model.max_seq_len
+        if self.generator.writes_targets:
+            return self.generator.encode(message)
         room = limit - min(self._max_new_tokens, limit // 2)
         opening = self._turn(message, None)
         for first in range(len(self.turns) + 1):

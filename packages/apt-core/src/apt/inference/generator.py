@@ -16,11 +16,13 @@ from torch import Tensor
 from apt.core.errors import AptWarning, ConfigError, TrainingError
 from apt.core.providers.voter import VoterProvider
 from apt.core.runs import RunFolder
-from apt.inference.batch import Batch, alike
+from apt.inference.batch import Batch, alike, make_batch
 from apt.inference.loading import LoadedRun, load_run
 from apt.inference.rows import Completion, Row, Vote
 from apt.inference.sampling import Draws, Sampling, SamplingOptions, sample, seed_of_row
+from apt.inference.target_batch import TargetBatch
 from apt.inference.text import TextStream
+from apt.modeling.backbones.encdec import EncoderDecoder
 
 T = TypeVar("T")
 
@@ -43,6 +45,8 @@ class Generator:
         self.tokens: Tensor = torch.empty(1, 0, dtype=torch.int64, device=self.device)
         self.padding: Tensor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.hidden: Tensor = torch.empty(1, self.model.d_model, device=self.device)
+        self.writes_targets = isinstance(self.model, EncoderDecoder)
+        """Whether a prompt is a source, and the text its target; else the text continues the prompt."""
         self.votes: tuple[Vote, ...] = ()
         """Those of the text that `stream` gave last."""
         self._failed_voters: set[str] = set()
@@ -79,7 +83,8 @@ class Generator:
         voter: VoterProvider | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """Yield the continuation of `prompt` in pieces of text as they are certain.
+        """Yield the continuation of `prompt` in pieces of text as they are certain; an encoder-decoder's is the target
+        that goes with it.
 
         Args:
             prompt: what to continue; empty starts from the end-of-document token, if the tokenizer has one.
@@ -173,8 +178,8 @@ class Generator:
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None = None
     ) -> Iterator[int]:
         """Yield new token ids after `prompt_ids`, up to the end-of-document token, which is not yielded."""
-        no_text = TextStream(lambda ids: "")
-        row, done = Row(no_text, Draws(seed_of_row(seed, 0)), max_new_tokens, self.tokenizer.eos_id), 0
+        row, done = self._row(prompt_ids, max_new_tokens, (), seed_of_row(seed, 0)), 0
+        row.text = TextStream(lambda ids: "")
         for _ in self._generate([prompt_ids], 1, [row], sampling):
             yield from row.tokens[done:]
             done = len(row.tokens)
@@ -191,15 +196,20 @@ class Generator:
             DataError: it holds characters that the tokenizer does not know.
         """
         ids = list(self.tokenizer.encode(prompt))
-        if not ids and self.tokenizer.eos_id is not None:
+        if not ids and self.tokenizer.eos_id is not None and not self.writes_targets:
             ids = [self.tokenizer.eos_id]
         if not ids:
-            raise ConfigError(
-                "there is nothing to continue: this run's tokenizer has no token to start from", hint="give a --prompt"
+            lacks = (
+                "an encoder-decoder answers a text"
+                if self.writes_targets
+                else ("this run's tokenizer has no token to start from")
             )
+            raise ConfigError(f"there is nothing to continue: {lacks}", hint="give a --prompt")
         return ids
 
     def _row(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], seed: int) -> Row:
+        if self.writes_targets:
+            ids, max_new_tokens = (), min(max_new_tokens, self.model.max_seq_len)
         return Row(TextStream(self.tokenizer.decode, ids, stop), Draws(seed), max_new_tokens, self.tokenizer.eos_id)
 
     def _finish(
@@ -226,7 +236,9 @@ class Generator:
         room = max(row.limit for row in rows)
         if room < 1:
             return
-        batch = Batch(self.model, prompts, copies=copies, room=room, device=self.device)
+        batch = make_batch(
+            self.model, prompts, copies=copies, room=room, start_id=self.tokenizer.eos_id, device=self.device
+        )
         while rows:
             logits_BV = self._next_logits(batch)
             wanted = [voter is not None and self._wants_vote(voter, logits_V) for logits_V in logits_BV]
@@ -236,7 +248,7 @@ class Generator:
                 rows = self._push(batch, rows, logits_BV, sampling)
             yield
 
-    def _next_logits(self, batch: Batch) -> Tensor:
+    def _next_logits(self, batch: Batch | TargetBatch) -> Tensor:
         """The logits [B, V] of the next tokens, as plugins want them to be."""
         logits_BV, self.hidden = batch.forward()
         self.tokens, self.padding = batch.tokens_BT, batch.padding_B
@@ -248,7 +260,7 @@ class Generator:
         return logits_BV
 
     def _push(
-        self, batch: Batch, rows: list[Row], logits_BV: Tensor, sampling: Sampling, *, weigh: bool = False
+        self, batch: Batch | TargetBatch, rows: list[Row], logits_BV: Tensor, sampling: Sampling, *, weigh: bool = False
     ) -> list[Row]:
         """Add a token to each row; returns those that go on, which are then the rows of the batch.
 
@@ -272,7 +284,7 @@ class Generator:
         self,
         voter: VoterProvider,
         wanted: Sequence[bool],
-        batch: Batch,
+        batch: Batch | TargetBatch,
         rows: list[Row],
         logits_BV: Tensor,
         sampling: Sampling,

@@ -21,7 +21,7 @@ from apt.core.profiles import resolve
 from apt.core.providers.tokenizer import Tokenizer
 from apt.core.runs import RunFolder
 from apt.data.prepare import load_saved_tokenizer
-from apt.modeling.backbones.gpt import GPT
+from apt.modeling.backbones.backbone import Backbone
 from apt.modeling.compose import ModelBuilder
 
 
@@ -30,7 +30,7 @@ class LoadedRun:
     """A run that is ready for use; the model is in evaluation mode."""
 
     config: RunConfig
-    model: GPT
+    model: Backbone
     tokenizer: Tokenizer
     device: torch.device
     hooks: Hooks
@@ -107,11 +107,11 @@ def load_run(
     return LoadedRun(config, model.to(target).eval(), tokenizer, target, hooks, in_use, step)
 
 
-def _quantised(model: GPT, scheme: str, in_use: ProvidersInUse) -> GPT:
+def _quantised(model: Backbone, scheme: str, in_use: ProvidersInUse) -> Backbone:
     """The model in the form that the weights of a run of that scheme fit."""
-    quantised = in_use.use("quant", scheme, lambda provider: provider.quantize(model))
-    if not isinstance(quantised, GPT):
-        raise ProviderError(f"quant:{scheme} made {type(quantised).__name__} of a GPT")
+    quantised: Any = in_use.use("quant", scheme, lambda provider: provider.quantize(model))
+    if not isinstance(quantised, type(model)):
+        raise ProviderError(f"quant:{scheme} made {type(quantised).__name__} of {type(model).__name__}")
     return quantised
 
 

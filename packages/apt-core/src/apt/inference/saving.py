@@ -18,7 +18,7 @@ from apt.core.profiles import dump_yaml
 from apt.core.providers.tokenizer import Tokenizer
 from apt.core.runs import RunFolder
 from apt.inference.loading import LoadedRun
-from apt.modeling.backbones.gpt import GPT
+from apt.modeling.backbones.backbone import Backbone
 from apt.modeling.compose import ModelBuilder
 
 
@@ -67,7 +67,7 @@ def save_run(path: Path | str, loaded: LoadedRun) -> RunFolder:
     return RunFolder(path)
 
 
-def save_model(path: Path | str, builder: ModelBuilder, model: GPT, tokenizer: Tokenizer) -> RunFolder:
+def save_model(path: Path | str, builder: ModelBuilder, model: Backbone, tokenizer: Tokenizer) -> RunFolder:
     """Write a model that was made elsewhere as a run at step 0: it can be used, and trained from there on.
 
     Args:

@@ -15,9 +15,15 @@ from apt.core.config import RunConfig
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import resolve
+from apt.core.providers.attention import supports
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
+from apt.modeling.backbones.backbone import Backbone
+from apt.modeling.backbones.encdec import DecoderBlock, EncoderDecoder
 from apt.modeling.backbones.gpt import GPT, TransformerBlock
+
+PLACES = {"attention": ("attention", "cross_attention"), "ffn": ("ffn",), "router": ("ffn",)}
+"""Kind of provider -> where in a block its modules are."""
 
 
 class ModelBuilder:
@@ -48,15 +54,20 @@ class ModelBuilder:
         self.device = device
         self.trains = trains
 
-    def build_attention(self, d_model: int, num_heads: int) -> nn.Module:
-        """A causal attention layer of `model.attention_name`, or of the default where that cannot be had.
+    def build_attention(self, d_model: int, num_heads: int, *, causal: bool = True, crosses: bool = False) -> nn.Module:
+        """An attention layer of `model.attention_name`, or of the default where that cannot be had.
+
+        Args:
+            causal: whether a position sees only itself and what came before it.
+            crosses: whether its keys and values come from another sequence.
 
         Raises:
-            ConfigError, ProviderError, ConflictError: as `ProvidersInUse.use`.
+            ConfigError, ProviderError, ConflictError: as `ProvidersInUse.use`; ConfigError too for one that is there
+                and cannot be what it has to be.
         """
         model = self.config.model
         known = {
-            "causal": True,
+            "causal": causal,
             "dropout": model.dropout,
             "num_layers": model.num_layers,
             "rope_theta": model.rope_theta if model.positions == "rope" else None,
@@ -65,7 +76,13 @@ class ModelBuilder:
         }
 
         def make(provider: Any) -> nn.Module:
-            return checked(provider.create_layer(d_model, num_heads, **accepted(provider.create_layer, known)), d_model)
+            options = accepted(provider.create_layer, known)
+            if not causal and "causal" not in options:
+                raise unfit(provider, "is always causal, and an encoder is not")
+            layer = checked(provider.create_layer(d_model, num_heads, **options), d_model)
+            if crosses and not supports(layer, "cross_attention"):
+                raise unfit(provider, "cannot look at another sequence than its own, as a decoder does")
+            return layer
 
         return cast(nn.Module, self.in_use.use("attention", model.attention_name, make))
 
@@ -79,10 +96,20 @@ class ModelBuilder:
 
         return cast(nn.Module, self.in_use.use("ffn", model.ffn_name, make))
 
-    def build_block(self, d_model: int, num_heads: int, d_ff: int) -> TransformerBlock:
+    def build_block(self, d_model: int, num_heads: int, d_ff: int, *, causal: bool = True) -> TransformerBlock:
         """A pre-norm block. Where `model.moe.enabled` is true a router wraps its FFN, which else stays dense."""
-        model = self.config.model
+        attention = self.build_attention(d_model, num_heads, causal=causal)
+        return TransformerBlock(attention, self._build_wrapped_ffn(d_model, d_ff), **self._block_options())
+
+    def build_decoder_block(self, d_model: int, num_heads: int, d_ff: int) -> DecoderBlock:
+        """Likewise, for the decoder of an encoder-decoder."""
         attention = self.build_attention(d_model, num_heads)
+        cross_attention = self.build_attention(d_model, num_heads, causal=False, crosses=True)
+        ffn = self._build_wrapped_ffn(d_model, d_ff)
+        return DecoderBlock(attention, cross_attention, ffn, **self._block_options())
+
+    def _build_wrapped_ffn(self, d_model: int, d_ff: int) -> nn.Module:
+        model = self.config.model
         ffn = self.build_ffn(d_model, d_ff)
         section = model.sections.get("moe", {})
         if section.get("enabled", False):
@@ -92,9 +119,13 @@ class ModelBuilder:
 
             wrapped = self.in_use.use("router", model.router_name, wrap, optional=True)
             ffn = ffn if wrapped is None else wrapped
-        return TransformerBlock(attention, ffn, norm=model.norm, dropout=model.dropout, norm_eps=model.norm_eps)
+        return ffn
 
-    def build_model(self, vocab_size: int | None = None) -> GPT:
+    def _block_options(self) -> dict[str, Any]:
+        model = self.config.model
+        return {"norm": model.norm, "dropout": model.dropout, "norm_eps": model.norm_eps}
+
+    def build_model(self, vocab_size: int | None = None) -> Backbone:
         """The whole model, its weights drawn from torch's global generator.
 
         Args:
@@ -110,17 +141,22 @@ class ModelBuilder:
                 "model.vocab_size: the size of the vocabulary is not known",
                 hint="set it in the profile, or pass that of the tokenizer: build_model(vocab_size=...)",
             )
-        blocks = [self.build_block(model.d_model, model.num_heads, model.hidden_size) for _ in range(model.num_layers)]
-        return GPT(model, blocks, rows)
+        sizes = (model.d_model, model.num_heads, model.hidden_size)
+        if model.backbone == "gpt":
+            return GPT(model, [self.build_block(*sizes) for _ in range(model.num_layers)], rows)
+        encoder_layers = model.num_encoder_layers or model.num_layers
+        encoder = [self.build_block(*sizes, causal=False) for _ in range(encoder_layers)]
+        decoder = [self.build_decoder_block(*sizes) for _ in range(model.num_layers)]
+        return EncoderDecoder(model, encoder, decoder, rows)
 
-    def modules_by_slot(self, model: GPT) -> dict[tuple[str, str], list[str]]:
+    def modules_by_slot(self, model: nn.Module) -> dict[tuple[str, str], list[str]]:
         """{(kind, name): qualified names of the modules of `model` that this provider built}."""
-        places = {"attention": "attention", "ffn": "ffn", "router": "ffn"}
-        return {
-            (kind, name): [f"blocks.{index}.{places[kind]}" for index in range(len(model.blocks))]
-            for kind, name in self.in_use.providers
-            if kind in places
-        }
+        blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, TransformerBlock)]
+
+        def built(kind: str) -> list[str]:
+            return [f"{path}.{place}" for path, block in blocks for place in PLACES[kind] if hasattr(block, place)]
+
+        return {(kind, name): built(kind) for kind, name in self.in_use.providers if kind in PLACES}
 
 
 def checked(layer: Any, d_model: int | None) -> nn.Module:
@@ -130,6 +166,14 @@ def checked(layer: Any, d_model: int | None) -> nn.Module:
     if d_model is not None and getattr(layer, "d_model", None) != d_model:
         raise ProviderError(f"{type(layer).__name__} was built for d_model {d_model} and has no such attribute")
     return layer
+
+
+def unfit(provider: Any, reason: str) -> ConfigError:
+    """The error for an attention that an encoder-decoder cannot be built with."""
+    return ConfigError(
+        f"model.attention_name: {provider.get_name()} {reason}",
+        hint="model.backbone encdec needs one that can, such as tva_default or mha",
+    )
 
 
 def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from apt.core.device import pick_device
 from apt.core.in_use import ProvidersInUse
 from apt.core.registry import Registry
 from apt.data.prepare import use_data_providers
-from apt.modeling.backbones.gpt import GPT
+from apt.modeling.backbones.backbone import Backbone
 from apt.modeling.compose import ModelBuilder
 
 
-def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tuple[ProvidersInUse, GPT, ModelBuilder]:
+def plan(
+    config: RunConfig, registry: Registry, *, strict: bool = False
+) -> tuple[ProvidersInUse, Backbone, ModelBuilder]:
     """Fill every slot of a run, as training would; the model that comes of it serves to look at its parameters' shapes.
 
     Args:
@@ -44,7 +46,7 @@ def plan(config: RunConfig, registry: Registry, *, strict: bool = False) -> tupl
     return in_use, model, builder
 
 
-def use_side_providers(config: RunConfig, in_use: ProvidersInUse, model: GPT) -> None:
+def use_side_providers(config: RunConfig, in_use: ProvidersInUse, model: Backbone) -> None:
     """Fill the slots beside data and model: the alignment, the voter, the trackers, and the scheme that the weights are
     trained for, which prepares the model.
 

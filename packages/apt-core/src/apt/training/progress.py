@@ -71,7 +71,7 @@ class Progress:
         rows = [
             ("profile", f"{config.name} ({trainer.profile.source})"),
             *((slot.kind, describe_slot(slot)) for slot in trainer.in_use.slots.values()),
-            ("data", f"{len(data.train.tokens):,} tokens to train on, {len(data.val.tokens):,} held out"),
+            ("data", f"{data.train.size} to train on, {data.val.size} held out"),
             (
                 "model",
                 f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {trainer.device}",
@@ -137,7 +137,11 @@ class Progress:
         self._close_bar()
         self._summary(trainer)
         self._print(f"Training is complete. The run lies in {trainer.run_dir}")
-        self._print(f'Next: apt generate {trainer.run_dir} --prompt "The"')
+        # What an encoder-decoder answers is for its pairs to say.
+        pairs = trainer.config.model.backbone == "encdec"
+        self._print(
+            f"Next: apt chat {trainer.run_dir}" if pairs else f'Next: apt generate {trainer.run_dir} --prompt "The"'
+        )
 
     @hookimpl(trylast=True)
     def on_exception(self, error: BaseException, trainer: Any) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from apt.core.errors import AptError, TrainingError
-from apt.data.loader import NO_TARGET, Batch, TokenLoader
+from apt.data.loader import NO_TARGET, Batch, Loader
 from apt.modeling.layers.mode import evaluation_mode
 
 ExtraLosses = Callable[[Batch, Tensor, Tensor, dict[str, Any]], Mapping[str, Tensor]]
@@ -49,15 +49,14 @@ def accumulate_gradients(
 
     Args:
         forward: the model, compiled or not.
-        micro_batches: equal in size and full, so that the mean of their means is the mean over all tokens.
+        micro_batches: equal in size.
         autocast: the precision to compute in.
         extra_losses: asked for losses to add before `backward`; None if nobody has any.
     """
-    share = 1.0 / len(micro_batches)
     loss = Loss(torch.zeros(()))
-    for batch in micro_batches:
+    for batch, share in zip(micro_batches, _shares(micro_batches), strict=True):
         with autocast:
-            output = forward(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
+            output = forward(batch.tokens, **batch.context)
             total = cross_entropy(output.logits, batch.targets)
             parts: dict[str, Tensor] = {}
             if output.aux_loss is not None:
@@ -73,7 +72,7 @@ def accumulate_gradients(
                     parts[free_name(parts, name)] = part
         for part in parts.values():
             total = total + part
-        if share != 1.0:
+        if len(micro_batches) > 1:
             total = total * share
         total.backward()
         loss.total = total.detach() if batch is micro_batches[0] else loss.total + total.detach()
@@ -81,6 +80,14 @@ def accumulate_gradients(
             scaled = part.detach() * share
             loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled
     return loss
+
+
+def _shares(micro_batches: Sequence[Batch]) -> Sequence[float | Tensor]:
+    """What each micro-batch counts for: its share of the tokens to predict."""
+    if micro_batches[0].source is None:  # blocks of text are full
+        return [1.0 / len(micro_batches)] * len(micro_batches)
+    counts = torch.stack([(batch.targets != NO_TARGET).sum() for batch in micro_batches])
+    return (counts / counts.sum()).unbind()
 
 
 def update(
@@ -104,7 +111,7 @@ def update(
 
 
 def dry_run(
-    model: nn.Module, loader: TokenLoader, parts: int, device: torch.device, autocast: AbstractContextManager[Any]
+    model: nn.Module, loader: Loader, parts: int, device: torch.device, autocast: AbstractContextManager[Any]
 ) -> None:
     """One micro-batch forward and backward, so that what cannot work fails before the first step.
 

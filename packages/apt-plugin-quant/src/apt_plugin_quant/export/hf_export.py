@@ -14,6 +14,7 @@ from apt.api import AptWarning, ConfigError, LoadedRun
 from apt.modeling.layers.norm import EPS
 from apt_plugin_quant.export.llama import Layout, to_llama
 from apt_plugin_quant.export.tokenizer import TOKENIZER
+from apt_plugin_quant.export.tracing import decoder_only
 from apt_plugin_quant.export.weights_export import save_weights
 
 FILE = "model.safetensors"
@@ -27,6 +28,7 @@ def write(loaded: LoadedRun, folder: Path, dtype: torch.dtype) -> dict[str, Any]
     Raises:
         ConfigError: a part of the model has no counterpart; the message names all of them.
     """
+    decoder_only(loaded, "hf")
     experts = _experts_that_compute(loaded)
     if obstacles := find_obstacles(loaded, experts):
         raise ConfigError(

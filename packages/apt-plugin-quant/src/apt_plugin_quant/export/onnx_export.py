@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from apt.api import AptWarning, LoadedRun
-from apt_plugin_quant.export.tracing import CachedPass, CacheTensor, FullPass, cache_tensors, check_difference, trace
+from apt_plugin_quant.export.tracing import (
+    CachedPass,
+    CacheTensor,
+    FullPass,
+    cache_tensors,
+    check_difference,
+    decoder_only,
+    trace,
+)
 
 FILE = "model.onnx"
 ONE_FILE = 1 << 30
@@ -31,7 +39,7 @@ Run = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 def write(loaded: LoadedRun, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write `model.onnx`, run it with onnxruntime, and compare."""
-    model = loaded.model
+    model = decoder_only(loaded, "onnx")
     cache = cache_tensors(model)
     if cache is None:
         warnings.warn(

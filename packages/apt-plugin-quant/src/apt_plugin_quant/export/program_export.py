@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apt.api import LoadedRun
-from apt_plugin_quant.export.tracing import FullPass, check_difference, trace
+from apt_plugin_quant.export.tracing import FullPass, check_difference, decoder_only, trace
 
 FILE = "model.pt2"
 SHAPES = ((2, 7), (1, 1), (3, 16))
@@ -17,7 +17,7 @@ SHAPES = ((2, 7), (1, 1), (3, 16))
 
 def write(loaded: LoadedRun, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write `model.pt2`: tokens int64 [B, T] to logits float32 [B, T, V], any B, T up to `model.max_seq_len`."""
-    model, longest = loaded.model, loaded.model.max_seq_len
+    model, longest = decoder_only(loaded, "torch-export"), loaded.model.max_seq_len
     tokens = torch.zeros(2, min(3, longest), dtype=torch.int64)
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=longest)}
     program = trace(

@@ -95,6 +95,20 @@ def cache_tensors(model: GPT) -> list[CacheTensor] | None:
     return found
 
 
+def decoder_only(loaded: LoadedRun, target: str) -> GPT:
+    """The model.
+
+    Raises:
+        ProviderError: it is no decoder-only model, which is all that this form of export knows.
+    """
+    if not isinstance(loaded.model, GPT):
+        raise ProviderError(
+            f"a model of model.backbone {loaded.config.model.backbone} cannot be exported as {target}",
+            hint="export the weights: --format safetensors",
+        )
+    return loaded.model
+
+
 class FullPass(nn.Module):
     """Tokens [B, T] to logits [B, T, V]."""
 
@@ -151,7 +165,7 @@ def trace(loaded: LoadedRun, target: str, make: Callable[[], Any]) -> Any:
 
 def _culprit(loaded: LoadedRun) -> tuple[str, Exception] | None:
     """The first part of a block that cannot be traced alone, and why."""
-    block = loaded.model.blocks[0]
+    block: Any = decoder_only(loaded, "a graph").blocks[0]
     x_BTD = torch.zeros(2, 3, loaded.model.d_model)
     length = torch.export.Dim("length")
     slots = {slot.kind: slot.name for slot in loaded.in_use.slots.values()}

@@ -55,7 +55,10 @@ class AttentionProvider(Provider):
 
     - `"cache"`: it has `make_cache(batch_size, max_length, *, device, dtype) -> LayerCache` and fills `context.cache`;
     - `"documents"`: it keeps the documents of `context.document_ids` apart;
-    - `"cross_attention"`: key and value may come from another sequence than query;
+    - `"cross_attention"`: key and value may come from another sequence than query, whose positions are then
+      `context.positions` or 0 to T-1, and the other sequence's 0 to S-1;
+    - `"cross_cache"`: built with `causal=False`, it keeps what it makes of the other sequence in `context.cache`: an
+      empty cache is filled from key and value, and one that holds them is read, whatever key and value then hold;
     - `"weights"`: it returns weights when `context.need_weights` is set.
 
     A layer has the attribute `d_model`, and may have `flops_per_token(length) -> int` (forward FLOPs per token at a

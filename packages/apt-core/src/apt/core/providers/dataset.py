@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from apt.core.registry import Provider
 
@@ -20,6 +20,9 @@ class Piece(NamedTuple):
 
 class DatasetProvider(Provider):
     """Yields documents, the same ones in the same order each time it is asked."""
+
+    pairs: ClassVar[bool] = False
+    """Whether the documents are a source and its target in turn, none of them empty: what an encoder-decoder learns."""
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:

@@ -5,32 +5,19 @@ Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), se
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from apt.core.config import ModelConfig
-from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, supports
+from apt.modeling.backbones.backbone import Backbone, ModelOutput, lacking, sum_of, takes_context
 from apt.modeling.layers.counting import Part, flops_per_token
 from apt.modeling.layers.kv_cache import ModelCache
 from apt.modeling.layers.norm import make_norm
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns."""
-
-    logits: Tensor
-    """[B, T, V], or [B, 1, V] where only the last position was asked for."""
-    hidden: Tensor
-    """[B, T, D], after the final norm."""
-    aux_loss: Tensor | None
-    """0-d, the sum of the FFN layers' auxiliary losses; None if none has one."""
 
 
 class TransformerBlock(Part):
@@ -60,8 +47,7 @@ class TransformerBlock(Part):
         self.dropout = nn.Dropout(dropout)
         self.norm2 = make_norm(norm, d_model, norm_eps)
         self.ffn = ffn
-        parameters = inspect.signature(attention.forward).parameters
-        self.takes_context = "context" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.takes_context = takes_context(attention)
 
     def forward(
         self,
@@ -76,6 +62,15 @@ class TransformerBlock(Part):
         Raises:
             ProviderError: the context asks for something that the attention layer cannot serve.
         """
+        return self._add_ffn(self._add_attention(x_BTD, attn_mask, key_padding_mask, context))
+
+    def _add_attention(
+        self,
+        x_BTD: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        context: AttentionContext | None,
+    ) -> Tensor:
         normed = self.norm1(x_BTD)
         options: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         if context is not None:
@@ -84,7 +79,10 @@ class TransformerBlock(Part):
                 options["context"] = context
         mixed = self.attention(normed, normed, normed, **options)
         # An output without weights beside it must not be taken apart: its first row would be added to every row.
-        x_BTD = x_BTD + self.dropout(mixed[0] if isinstance(mixed, tuple) else mixed)
+        dropped: Tensor = self.dropout(mixed[0] if isinstance(mixed, tuple) else mixed)
+        return x_BTD + dropped
+
+    def _add_ffn(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         out = self.ffn(self.norm2(x_BTD))
         out_BTD, aux_loss = out if isinstance(out, tuple) else (out, None)
         return x_BTD + out_BTD, aux_loss
@@ -102,14 +100,7 @@ class TransformerBlock(Part):
             raise lacking(self.attention, "positions")
 
 
-def lacking(layer: nn.Module, capability: str) -> ProviderError:
-    """The error for a layer that cannot serve what it is asked for."""
-    return ProviderError(
-        f"{type(layer).__name__} does not support {capability!r}", hint="choose another model.attention_name"
-    )
-
-
-class GPT(Part):
+class GPT(Backbone):
     """A decoder-only language model.
 
     Args:
@@ -118,23 +109,10 @@ class GPT(Part):
         vocab_size: rows V of the embedding.
     """
 
+    blocks: nn.ModuleList
+
     def __init__(self, config: ModelConfig, blocks: Sequence[TransformerBlock], vocab_size: int) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.d_model = config.d_model
-        self.max_seq_len = config.max_seq_len
-        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
-        self.position_embedding = (
-            nn.Embedding(config.max_seq_len, config.d_model) if config.positions == "learned" else None
-        )
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
-        # A tied projection is the embedding itself and no second name for it: a state dict holds each tensor once.
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
-        for module in (self.token_embedding, self.position_embedding, self.head):
-            if module is not None:
-                nn.init.normal_(module.weight, std=0.02)
+        super().__init__(config, vocab_size, blocks=blocks)
 
     def forward(
         self,
@@ -160,10 +138,7 @@ class GPT(Part):
             ConfigError: a learned position of `max_seq_len` or more.
             ProviderError: an attention layer cannot serve the request.
         """
-        x_BTD = self.token_embedding(tokens_BT)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self._learned(self.position_embedding, tokens_BT.shape[1], positions, cache)
-        x_BTD = self.dropout(x_BTD)
+        x_BTD = self.embed(tokens_BT, positions, 0 if cache is None else cache.length)
         context = None
         if positions is not None or document_ids is not None or cache is not None:
             context = AttentionContext(positions, document_ids)
@@ -172,12 +147,8 @@ class GPT(Part):
             if context is not None and cache is not None:
                 context = replace(context, cache=cache.layers[index])
             x_BTD, aux = block(x_BTD, key_padding_mask=key_padding_mask, context=context)
-            if aux is not None:
-                aux_loss = aux if aux_loss is None else aux_loss + aux
-        hidden_BTD = self.norm(x_BTD)
-        seen = hidden_BTD[:, -1:] if last_only else hidden_BTD
-        weight_VD = self.token_embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(seen, weight_VD), hidden_BTD, aux_loss)
+            aux_loss = sum_of(aux_loss, aux)
+        return self.project(x_BTD, aux_loss, last_only=last_only)
 
     def make_cache(self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None) -> ModelCache:
         """An empty cache with room for `max_length` positions of `batch_size` rows, on the model's device.
@@ -206,21 +177,6 @@ class GPT(Part):
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token at a context of `length` tokens, attention scores and output projection included."""
         return sum(flops_per_token(block, length) for block in self.blocks) + 2 * self.vocab_size * self.d_model
-
-    def _learned(
-        self, embedding: nn.Embedding, count: int, positions: Tensor | None, cache: ModelCache | None
-    ) -> Tensor:
-        start = cache.length if cache is not None else 0
-        last = start + count - 1
-        if positions is not None and positions.is_cpu and not torch.compiler.is_compiling():
-            last = int(positions.max())  # elsewhere it would wait for the device, and the embedding refuses by itself
-        # Whoever exports the model says how long a text may be; to ask here would fix the length.
-        if not torch.compiler.is_exporting() and last >= self.max_seq_len:
-            raise ConfigError(
-                f"position {last} lies beyond the {self.max_seq_len} that this model has learned",
-                hint="shorten the text, or train with a larger model.max_seq_len or with model.positions: rope",
-            )
-        return embedding.weight[start : start + count] if positions is None else embedding(positions)
 
 
 __all__ = ["GPT", "ModelOutput", "TransformerBlock", "lacking"]

@@ -55,7 +55,7 @@ class MHAAttentionLayer(Part):
     """
 
     name: ClassVar[str] = "mha"
-    capabilities = frozenset({"cache", "documents", "cross_attention", "weights"})
+    capabilities = frozenset({"cache", "documents", "cross_attention", "cross_cache", "weights"})
 
     def __init__(
         self,
@@ -140,28 +140,35 @@ class MHAAttentionLayer(Part):
         check_request(self.name, query, key, causal=self.causal, context=context)
         cache = context.cache
         assert cache is None or isinstance(cache, PositionCache)
-        start = cache.length if cache is not None else 0
+        crosses = key is not query
+        holds_keys = crosses and cache is not None and cache.length > 0
+        start = cache.length if cache is not None and not crosses else 0
         T = query.shape[1]
 
-        q_BTHd, k_BSKd, v_BSKd = self._project(query, key, value)
+        if holds_keys:
+            assert cache is not None
+            q_BTHd = self._project_query(query)
+            k_BSKd, v_BSKd = cache.read("keys", query), cache.read("values", query)
+        else:
+            q_BTHd, k_BSKd, v_BSKd = self._project(query, key, value)
         if self.rope is not None:
-            q_turns = k_turns = self.rope.turns(context.positions, start, start + T, query)
-            if key is not query:
-                k_turns = self.rope.turns(None, 0, key.shape[1], key)
-            q_BTHd, k_BSKd = rotate(q_BTHd, q_turns), rotate(k_BSKd, k_turns)
+            q_turns = self.rope.turns(context.positions, start, start + T, query)
+            q_BTHd = rotate(q_BTHd, q_turns)
+            if not holds_keys:
+                k_BSKd = rotate(k_BSKd, self.rope.turns(None, 0, key.shape[1], key) if crosses else q_turns)
         if self.qk_norm:
             # A score knows no more than the product of both gains, and the keys are the fewer.
             q_BTHd = rms_norm(q_BTHd)
-            k_BSKd = rms_norm(k_BSKd) * (self.q_gain * self.k_gain).to(k_BSKd.dtype)
+            if not holds_keys:
+                k_BSKd = rms_norm(k_BSKd) * (self.q_gain * self.k_gain).to(k_BSKd.dtype)
 
         documents_BT = documents_BS = context.document_ids
-        if cache is not None:
+        if cache is not None and not holds_keys:
             documents_BS = cache.write_documents(documents_BT)
             k_BSKd, v_BSKd = cache.write("keys", k_BSKd), cache.write("values", v_BSKd)
+            cache.advance(key.shape[1])
         limits = Limits(attn_mask, key_padding_mask, documents_BT, documents_BS)
         out_BTHd, weights_BHTS = self.mix(q_BTHd, k_BSKd, v_BSKd, limits, need_weights=context.need_weights)
-        if cache is not None:
-            cache.advance(T)
         return self.w_o(out_BTHd.flatten(2)), weights_BHTS
 
     def mix(
@@ -190,6 +197,13 @@ class MHAAttentionLayer(Part):
             need_weights=need_weights,
         )
         return out_BHTd.transpose(1, 2), weights_BHTS
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        """Queries alone, [B, T, H, Dh]."""
+        bias = None if self.w_qkv.bias is None else self.w_qkv.bias[: self.d_model]
+        q_BTD = F.linear(query, self.w_qkv.weight[: self.d_model], bias)
+        q_BTHd: Tensor = q_BTD.unflatten(-1, (self.num_heads, -1))
+        return q_BTHd
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, Dh], keys and values [B, S, K, Dh]; one product where all three come from one tensor."""

@@ -73,7 +73,7 @@ class TVAAttentionLayer(Part):
         ConfigError: the heads or r do not fit; the message names what does.
     """
 
-    capabilities = frozenset({"cache", "documents", "cross_attention", "weights"})
+    capabilities = frozenset({"cache", "documents", "cross_attention", "cross_cache", "weights"})
 
     def __init__(
         self,
@@ -185,14 +185,16 @@ class TVAAttentionLayer(Part):
             )
         cache = context.cache
         assert cache is None or isinstance(cache, VeinCache)
+        crosses = key is not query
+        holds_vein = crosses and cache is not None and cache.length > 0
         T = query.shape[1]
-        start = cache.length if cache is not None else 0
-        S = start + key.shape[1]
+        start = cache.length if cache is not None and not crosses else 0
+        S = cache.length if cache is not None and holds_vein else start + key.shape[1]
 
-        q_BTD, c_BSDc = self._project(query, key)
+        q_BTD, c_BSDc = self._project(query, None if holds_vein else key)
         # What is known of every position, the cached ones included.
         positions, documents_BS = context.positions, context.document_ids
-        if cache is not None:
+        if cache is not None and not crosses:
             positions = cache.write_positions(positions, T, query.device)
             documents_BS = cache.write_documents(documents_BS)
         mask = build_mask(
@@ -207,23 +209,27 @@ class TVAAttentionLayer(Part):
         )
         if self.rope is None:
             q_turns = k_turns = None
-        elif key is query:
-            k_turns = self.rope.turns(positions, 0, S, query)
-            q_turns = k_turns[..., start:, :, :]
-        else:
+        elif crosses:
             q_turns = self.rope.turns(positions, 0, T, query)
             k_turns = self.rope.turns(None, 0, S, key)
+        else:
+            k_turns = self.rope.turns(positions, 0, S, query)
+            q_turns = k_turns[..., start:, :, :]
 
-        vein_BSDc = c_BSDc
-        if self.self_generates and key is query:
-            past_BPDc = cache.recent_BPDc if cache is not None else None
-            unbroken = unbroken_steps(start, S, positions, documents_BS, padded(key_padding_mask))
-            vein_BSDc = self._regenerate(c_BSDc, past_BPDc, unbroken)
-        if cache is not None:
-            vein_BSDc = cache.write("vein", vein_BSDc)
-            if self.self_generates:
-                cache.write_recent(c_BSDc)
-            cache.advance(T)
+        if c_BSDc is None:
+            assert cache is not None
+            vein_BSDc = cache.read("vein", query)
+        else:
+            vein_BSDc = c_BSDc
+            if self.self_generates and not crosses:
+                past_BPDc = cache.recent_BPDc if cache is not None else None
+                unbroken = unbroken_steps(start, S, positions, documents_BS, padded(key_padding_mask))
+                vein_BSDc = self._regenerate(c_BSDc, past_BPDc, unbroken)
+            if cache is not None:
+                vein_BSDc = cache.write("vein", vein_BSDc)
+                if self.self_generates:
+                    cache.write_recent(c_BSDc)
+                cache.advance(key.shape[1])
 
         q_BTHd = self._queries(q_BTD, q_turns)
         weights_BHTS: Tensor | None
@@ -241,15 +247,15 @@ class TVAAttentionLayer(Part):
         output_BTD = self.w_o(out_BHTd.transpose(1, 2).flatten(2))
         return output_BTD, weights_BHTS if context.need_weights else None
 
-    def _project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, T, D] and the raw vein [B, S, Dc]; one product where both come from one tensor."""
+    def _project(self, query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Queries [B, T, D] and the raw vein [B, S, Dc]; one product where both come from one tensor, and no vein where
+        there is no key."""
         sizes = (self.d_model, self.d_vein)
         if query is key:
             q_BTD, c_BTDc = self.w_in(query).split(sizes, dim=-1)
-        else:
-            q_DD, c_DcD = self.w_in.weight.split(sizes)
-            q_BTD, c_BTDc = F.linear(query, q_DD), F.linear(key, c_DcD)
-        return q_BTD, c_BTDc
+            return q_BTD, c_BTDc
+        q_DD, c_DcD = self.w_in.weight.split(sizes)
+        return F.linear(query, q_DD), None if key is None else F.linear(key, c_DcD)
 
     def _regenerate(self, c_BTDc: Tensor, past_BPDc: Tensor | None, unbroken: Tensor | None) -> Tensor:
         """c~_t = c_t + (s / tau) * sum_j w_j (.) c_{t-j}.

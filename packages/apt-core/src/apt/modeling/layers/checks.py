@@ -22,7 +22,7 @@ def check_request(layer: str, query: Tensor, key: Tensor, *, causal: bool, conte
     """Raise ProviderError for cross-attention (a key that is not the query itself) that the request rules out."""
     if key is query:
         return
-    for what, given in (("a cache", context.cache), ("document_ids", context.document_ids)):
+    for what, given in (("a cache", context.cache if causal else None), ("document_ids", context.document_ids)):
         if given is not None:
             raise ProviderError(f"{layer}: {what} with cross-attention", hint="they serve self-attention: key is query")
     if causal and key.shape[1] != query.shape[1]:

@@ -61,13 +61,18 @@ class PositionCache:
             raise ProviderError(
                 f"the cache has room for {self.max_length} positions and {stop} are needed", hint="make a longer cache"
             )
-        if new.shape[0] != self.batch_size:
-            raise ProviderError(
-                f"the cache is for {self.batch_size} rows and the batch has {new.shape[0]}",
-                hint="make a cache for this batch size, or use select_rows",
-            )
+        self._check_rows(new)
         self.tensors[name][:, self.length : stop] = new
         return self.tensors[name][:, :stop].to(new.dtype)
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """All that is held, [B, length, ...], in the dtype of `like`.
+
+        Raises:
+            ProviderError: it is held for another number of rows than `like` has.
+        """
+        self._check_rows(like)
+        return self.tensors[name][:, : self.length].to(like.dtype)
 
     def write_documents(self, ids_BT: Tensor | None) -> Tensor | None:
         """Put the document ids of the new positions behind those that are held and return all, int64 [B, length + T].
@@ -107,6 +112,13 @@ class PositionCache:
     def advance(self, count: int) -> None:
         """The next `count` positions are complete."""
         self.length += count
+
+    def _check_rows(self, like: Tensor) -> None:
+        if like.shape[0] != self.batch_size:
+            raise ProviderError(
+                f"the cache is for {self.batch_size} rows and the batch has {like.shape[0]}",
+                hint="make a cache for this batch size, or use select_rows",
+            )
 
 
 class ModelCache:
