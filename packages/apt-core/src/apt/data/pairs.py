@@ -204,7 +204,10 @@ def split_pairs(tokens: Tokens, fraction: float) -> tuple[Tokens, Tokens]:
         raise DataError("one pair alone: none can be held out", hint="give more pairs, or set data.val_path")
     middle = int(tokens.starts[2 * cut])
     # The token that ends the last target before the cut is one that the loader adds itself.
-    return tokens.slice(0, middle - 1), tokens.slice(middle, len(tokens))
+    return (
+        Tokens(tokens.ids[: middle - 1], tokens.starts[: 2 * cut]),
+        Tokens(tokens.ids[middle:], tokens.starts[2 * cut :] - middle),
+    )
 
 
 def _spans(tokens: Tokens) -> tuple[Indices, Indices]:

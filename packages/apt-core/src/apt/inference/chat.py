@@ -47,11 +47,11 @@ class Chat:
         self._count = 0
         self._told = False
         self._max_new_tokens, self._seed, self._voter, self._sampling = max_new_tokens, seed, voter, sampling
-        # A model may leave out the end of its line and go on with the other's.
-        self._stop = [*stop, self.template.end, self.template.user.strip() or self.template.end]
+        self._stop = list(stop)
         if generator.writes_targets:
-            self._stop = list(stop)
             return
+        # A model may leave out the end of its line and go on with the other's.
+        self._stop += [self.template.end, self.template.user.strip() or self.template.end]
         try:
             generator.tokenizer.encode(self.template.system + self._turn("", ""))
         except DataError as error:

@@ -178,8 +178,8 @@ class Generator:
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None = None
     ) -> Iterator[int]:
         """Yield new token ids after `prompt_ids`, up to the end-of-document token, which is not yielded."""
-        row, done = self._row(prompt_ids, max_new_tokens, (), seed_of_row(seed, 0)), 0
-        row.text = TextStream(lambda ids: "")
+        no_text, limit = TextStream(lambda ids: ""), self._limit(max_new_tokens)
+        row, done = Row(no_text, Draws(seed_of_row(seed, 0)), limit, self.tokenizer.eos_id), 0
         for _ in self._generate([prompt_ids], 1, [row], sampling):
             yield from row.tokens[done:]
             done = len(row.tokens)
@@ -208,9 +208,12 @@ class Generator:
         return ids
 
     def _row(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], seed: int) -> Row:
-        if self.writes_targets:
-            ids, max_new_tokens = (), min(max_new_tokens, self.model.max_seq_len)
-        return Row(TextStream(self.tokenizer.decode, ids, stop), Draws(seed), max_new_tokens, self.tokenizer.eos_id)
+        text = TextStream(self.tokenizer.decode, () if self.writes_targets else ids, stop)
+        return Row(text, Draws(seed), self._limit(max_new_tokens), self.tokenizer.eos_id)
+
+    def _limit(self, max_new_tokens: int) -> int:
+        """Tokens of a text, at most: a target is not longer than those that were learned."""
+        return min(max_new_tokens, self.model.max_seq_len) if self.writes_targets else max_new_tokens
 
     def _finish(
         self,
