@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from kit_references import PlainAttention, PlainAttentionLayer
+from kit_references import PlainAttention, PlainAttentionLayer, PlainCache
 from torch import Tensor
 
 from apt.core.providers.attention import AttentionContext
@@ -323,6 +323,43 @@ class PaddingForSelfAttentionAlone(Layer):
 
     def masks(self, T: int, S: int, attn_mask: Any, padding: Any, *documents: Any) -> Any:
         return super().masks(T, S, attn_mask, None if S < T else padding, *documents)
+
+
+@mutant("cross_cache_holds_the_memory")
+class ValuesOfTheMemoryForgotten(Layer):
+    """In cross-attention the values are not what the cache holds."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, context: Any = None, **options: Any
+    ) -> Any:
+        if key is not query and context is not None and context.cache is not None:
+            context.cache.length = 0
+        return super().forward(query, key, value, *args, context=context, **options)
+
+
+@mutant("cross_cache_holds_the_memory")
+class QueriesBehindTheMemory(Layer):
+    """In cross-attention queries are placed behind the positions that the cache holds."""
+
+    def positions(self, context: Any, start: int, x: Tensor) -> Tensor:
+        held = 0 if self.causal or context.cache is None else context.cache.length
+        return super().positions(context, start, x) + held
+
+
+class StaysInPlace(PlainCache):
+    """Its rows stay where they are."""
+
+    def select_rows(self, rows_B: Tensor) -> None:
+        super().select_rows(torch.arange(len(rows_B)) % len(self.k))
+
+
+@mutant("cross_cache_rows_can_be_selected")
+class MemoryRowsStay(Layer):
+    """`select_rows` reorders what is kept of its own sequence, and not what is kept of another one."""
+
+    def make_cache(self, *sizes: Any, **options: Any) -> PlainCache:
+        self.Cache = PlainCache if self.causal else StaysInPlace  # type: ignore[misc]
+        return super().make_cache(*sizes, **options)
 
 
 @mutant("weights_are_a_distribution")

@@ -56,7 +56,7 @@ class PlainCache:
 class PlainAttentionLayer(nn.Module):
     """Grouped-query attention with rotary positions, step by step."""
 
-    capabilities = frozenset({"cache", "documents", "cross_attention", "weights"})
+    capabilities = frozenset({"cache", "documents", "cross_attention", "cross_cache", "weights"})
     Cache: ClassVar[type[PlainCache]] = PlainCache
 
     def __init__(self, d_model: int, num_heads: int, causal: bool, dropout: float, rope_theta: float | None) -> None:
@@ -84,14 +84,15 @@ class PlainAttentionLayer(nn.Module):
     ) -> Any:
         context = context or AttentionContext()
         cache: Any = context.cache
-        start = 0 if cache is None else cache.length
+        crosses = key is not query
+        start = 0 if cache is None or crosses else cache.length
         q_BTHd, k_BSKd, v_BSKd = self.project(query, key, value)
         q_BTHd = self.rotate(q_BTHd, self.positions(context, start, query))
-        k_BSKd = self.rotate(
-            k_BSKd, self.positions(context, start, key) if key is query else torch.arange(key.shape[1])
-        )
+        k_BSKd = self.rotate(k_BSKd, torch.arange(key.shape[1]) if crosses else self.positions(context, start, key))
         documents_BT = documents_BS = context.document_ids
-        if cache is not None:
+        if crosses and cache is not None and cache.length:
+            k_BSKd, v_BSKd = self.recall(cache)
+        elif cache is not None:
             k_BSKd, v_BSKd, documents_BS = self.remember(cache, k_BSKd, v_BSKd, documents_BT)
         T, S = query.shape[1], k_BSKd.shape[1]
         scores_BHTS = self.scores(q_BTHd.transpose(1, 2), self.spread(k_BSKd))
@@ -128,6 +129,9 @@ class PlainAttentionLayer(nn.Module):
             cache.documents[:, start:stop] = documents
         cache.length = stop
         return cache.k[:, :stop].to(k.dtype), cache.v[:, :stop].to(v.dtype), cache.documents[:, :stop]
+
+    def recall(self, cache: Any) -> tuple[Tensor, Tensor]:
+        return cache.k[:, : cache.length], cache.v[:, : cache.length]
 
     def spread(self, x_BSKd: Tensor) -> Tensor:
         return x_BSKd.repeat_interleave(self.num_heads // self.kv_heads, 2).transpose(1, 2)

@@ -65,7 +65,7 @@ and `model_state`, a new dict for each micro-batch:
 
 | key | what it is |
 |---|---|
-| `tokens` | int64 [B, T], the inputs |
+| `tokens` | int64 [B, T], the inputs; of an encoder-decoder, whose sources are `batch.source`, the targets' |
 | `hidden` | [B, T, D], the last hidden states, after the final norm |
 | `aux_loss` | 0-d tensor, the sum of what the FFN layers returned, or None |
 | `document_ids` | int64 [B, T], or None where documents are not kept apart |
@@ -79,7 +79,7 @@ and `generator`, what generates text:
 | `device` | the `torch.device` of the model |
 | `options` | the parsed command line, an `argparse.Namespace` with the options of plugins; None in scripts |
 | `note(text)` | tells the user something: one line on standard error, never among the text |
-| `tokens` | int64 [B, T], the prompts and what has been generated; in `on_next_token` |
+| `tokens` | int64 [B, T], the prompts and what has been generated, or, of an encoder-decoder, the latter alone behind the token that starts it; in `on_next_token` |
 | `padding` | int64 [B], how many tokens at the left of each row of `tokens` are none of its own; in `on_next_token` |
 | `hidden` | [B, D], the last hidden states after the final norm, of which these logits come; in `on_next_token` |
 

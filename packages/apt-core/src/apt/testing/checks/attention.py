@@ -12,7 +12,7 @@ from apt.testing.check import check
 from apt.testing.compare import require, require_change, require_equal
 from apt.testing.subjects import AttentionSubject, T, takes_context
 
-CAPABILITIES = ("cache", "documents", "cross_attention", "weights")
+CAPABILITIES = ("cache", "documents", "cross_attention", "cross_cache", "weights")
 
 
 @check("attention")
@@ -29,9 +29,9 @@ def capabilities_are_known(subject: AttentionSubject) -> None:
             f"capabilities holds {name!r}, which nothing reads"
             + (f": did you mean {near!r}?" if near else f": there are {', '.join(CAPABILITIES)}"),
         )
-    if "cache" in claimed:
-        require(hasattr(layer, "make_cache"), "it claims 'cache' and has no make_cache")
-    if claimed & {"cache", "documents", "weights"}:
+    for name in sorted(claimed & {"cache", "cross_cache"}):
+        require(hasattr(layer, "make_cache"), f"it claims {name!r} and has no make_cache")
+    if claimed & {"cache", "cross_cache", "documents", "weights"}:
         require(takes_context(layer), "it claims what arrives in `context`, and its forward takes no context")
 
 

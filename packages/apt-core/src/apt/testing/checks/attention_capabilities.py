@@ -91,6 +91,58 @@ def cross_attention_padding(subject: AttentionSubject) -> None:
     require_equal(after, before, "with other content in the memory's padding, the output", "mask keys, not queries")
 
 
+@check("attention", needs="cross_cache")
+def cross_cache_holds_the_memory(subject: AttentionSubject) -> None:
+    """In cross-attention with a cache, the first step fills it from the memory and every later one reads it, and each
+    gives what a full pass gives: a decoder computes keys and values of what it looks at once, and not at each token."""
+    layer, x_BTD, memory = subject.layer(causal=False), subject.x(), subject.x(seed=3, length=S)
+    padding = torch.zeros(B, S, dtype=torch.bool, device=subject.device)
+    padding[0, 3:] = True
+    expected = subject.attend(layer, x_BTD, memory, key_padding_mask=padding)[0]
+    nothing = torch.full_like(memory, torch.nan)
+    for lengths in ([1] * T, [3, 1, 3]):
+        cache, start = subject.make_cache(layer, S), 0
+        for length in lengths:
+            stop = start + length
+            context = AttentionContext(torch.arange(start, stop, device=subject.device), cache=cache)
+            with torch.no_grad():
+                out = subject.attend(
+                    layer, x_BTD[:, start:stop], nothing if start else memory, key_padding_mask=padding, context=context
+                )[0]
+            require(cache.length == S, f"with a memory of {S} positions the cache has the length {cache.length}")
+            require_equal(
+                out,
+                expected[:, start:stop],
+                f"queries {start} to {stop - 1} in steps of {lengths}, beside the full pass",
+                "an empty cache is filled from key and value, and one that holds them is read in their place; queries "
+                "are placed by context.positions, not behind what the cache holds",
+            )
+            start = stop
+
+
+@check("attention", needs="cross_cache")
+def cross_cache_rows_can_be_selected(subject: AttentionSubject) -> None:
+    """After `select_rows` the memory's cache holds those rows in that order, repeated ones too: several answers to one
+    question share what was read of it."""
+    layer, x_BTD, memory = subject.layer(causal=False), subject.x(), subject.x(seed=3, length=S)
+    cache, rows = subject.make_cache(layer, S), torch.tensor([1, 0, 1], device=subject.device)
+    with torch.no_grad():
+        for start in (0, 1):
+            places = torch.arange(start, start + 1, device=subject.device)
+            chosen = rows if start else torch.arange(B, device=subject.device)
+            out = subject.attend(
+                layer, x_BTD[chosen, start : start + 1], memory[chosen], context=AttentionContext(places, cache=cache)
+            )[0]
+            cache.select_rows(rows)
+    expected = subject.attend(layer, x_BTD[rows], memory[rows])[0][:, 1:2]
+    require_equal(
+        out,
+        expected,
+        "after select_rows([1, 0, 1]), beside the full pass over these rows",
+        "select_rows must reorder every tensor that the cache holds",
+    )
+
+
 @check("attention", needs="weights")
 def weights_are_a_distribution(subject: AttentionSubject) -> None:
     """The weights are [B, H, T, S], not negative, add up to one, and are zero where a key is not seen: they are what a
