@@ -79,7 +79,7 @@ and `generator`, what generates text:
 | `device` | the `torch.device` of the model |
 | `options` | the parsed command line, an `argparse.Namespace` with the options of plugins; None in scripts |
 | `note(text)` | tells the user something: one line on standard error, never among the text |
-| `tokens` | int64 [B, T], the prompts and what has been generated, or, of an encoder-decoder, the latter alone behind the token that starts it; in `on_next_token` |
+| `tokens` | int64 [B, T], prompts and what was generated; without prompts for an encoder-decoder; in `on_next_token` |
 | `padding` | int64 [B], how many tokens at the left of each row of `tokens` are none of its own; in `on_next_token` |
 | `hidden` | [B, D], the last hidden states after the final norm, of which these logits come; in `on_next_token` |
 
