@@ -1,0 +1,155 @@
+"""Small runs in processes of their own, forked from one that has imported everything, so that each takes a fraction of
+a second; and what their ends are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import signal
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from faulty_files import FaultyFiles
+
+from apt.checkpoint.store import CheckpointStore
+from apt.core.errors import AptError, AptWarning, CheckpointError
+from apt.core.runs import RunFolder
+from apt.training.trainer import Trainer
+
+KILLED = -signal.SIGKILL
+
+
+@dataclass
+class Lab:
+    """
+    Args:
+        folder: where everything is made.
+        every: steps between checkpoints.
+        steps: of a whole run; an epoch has 6.
+        asynchronous: how checkpoints are written.
+    """
+
+    folder: Path
+    every: int = 2
+    steps: int = 12
+    asynchronous: bool = True
+
+    def config(self) -> dict[str, Any]:
+        text = self.folder / "text.txt"
+        if not text.exists():
+            text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
+        return {
+            "name": "fault",
+            "plugins": [],
+            "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
+            "data": {"train_path": str(text), "cache_dir": str(self.folder / "cache")},
+            "training": {"max_epochs": 999, "max_steps": self.steps, "batch_size": 8, "log_every": 2},
+            "checkpoint": {"every": self.every, "keep_last": 2, "asynchronous": self.asynchronous},
+            "hardware": {"device": "cpu"},
+        }
+
+    def train(self, run: Path, until: int | None = None, faults: FaultyFiles | None = None) -> tuple[int, str]:
+        """Begin or go on with a run, up to its end or to a step; returns the exit code (minus the signal that killed
+        it) and what was said in the end."""
+
+        def work() -> None:
+            folder = RunFolder(run)
+            resume = folder if folder.holds_a_run() else None
+            trainer = Trainer(self.config(), quiet=True, run_dir=None if resume else run, resume=resume)
+            trainer.register_hook(Progress(self.progress(run), until))
+            if faults is not None:
+                faults.install()
+            trainer.train()
+
+        return in_a_child(work, self.folder / "said.txt")
+
+    def progress(self, run: Path) -> Path:
+        """The file, outside the run's folder, that tells how many steps were done."""
+        return run.with_name(run.name + ".step")
+
+    def steps_done(self, run: Path) -> int:
+        path = self.progress(run)
+        return int(path.read_text() or 0) if path.exists() else 0
+
+    def copy(self, base: Path, name: str) -> Path:
+        """A run to do harm to, as `base` is."""
+        target = self.folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(base, target)
+        self.progress(target).write_text(str(self.steps_done(base)))
+        return target
+
+    def remove(self, run: Path) -> None:
+        shutil.rmtree(run)
+        self.progress(run).unlink(missing_ok=True)
+
+
+class Progress:
+    """Notes the steps that are done, and stops the run after a given one, as SIGTERM does."""
+
+    def __init__(self, path: Path, until: int | None) -> None:
+        self.path, self.until = path, until
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT)
+
+    def on_step_end(self, step: int) -> None:
+        os.pwrite(self.file, f"{step + 1:<9}".encode(), 0)
+        if step + 1 == self.until:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def in_a_child(work: Callable[[], None], said: Path) -> tuple[int, str]:
+    """Run `work` in a forked process: the exit code as the command line would give it, and the message of its end."""
+    said.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            # What the child prints is in nobody's way; the message is.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1), os.dup2(null, 2)
+            warnings.simplefilter("ignore", AptWarning)
+            try:
+                work()
+                code = 0
+            except AptError as error:
+                said.write_text(str(error))
+                code = error.exit_code
+            except BaseException:
+                said.write_text(traceback.format_exc())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text() if said.exists() else ""
+
+
+def end_of(run: Path) -> str:
+    """A hash of the weights and of every other tensor that the last checkpoint holds."""
+    store = CheckpointStore(RunFolder(run).checkpoints)
+    latest = store.latest()
+    assert latest is not None
+    store.load(latest)
+    folder = store.folder / f"step-{latest:08d}"
+    files = [(folder / name).read_bytes() for name in ("model.safetensors", "state.safetensors")]
+    return f"{latest}-{hashlib.sha256(b''.join(files)).hexdigest()}"
+
+
+def last_good(run: Path) -> int | None:
+    """The step that a resume would go on from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AptWarning)
+        try:
+            return CheckpointStore(RunFolder(run).checkpoints).load().step
+        except CheckpointError:
+            return None
+
+
+def prepare_process() -> None:
+    """Import now what every run would import, and take one thread, as forking and bit-for-bit comparisons need it."""
+    importlib.import_module("torch._dynamo")  # two seconds, which the first optimizer would take
+    torch.set_num_threads(1)

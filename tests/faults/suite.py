@@ -1,0 +1,291 @@
+"""The fault suite: `python tests/faults/suite.py` does all of it and prints the table of docs/faults.md; `--smoke`
+takes a few points of each experiment; names of experiments take those alone.
+
+Each experiment prints one row: how many faults, how many of them the run survived as it should, and the worst of what
+was lost. The exit code is 1 if any was not survived, and the reasons stand below the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faulty_files import FaultyFiles
+from lab import KILLED, Lab, end_of, in_a_child, last_good, prepare_process
+
+from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
+from apt.core.errors import AptWarning, CheckpointError
+from apt.core.runs import RunFolder
+
+SMOKE_POINTS = 5
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    tried: int = 0
+    survived: int = 0
+    worst: int = 0
+    """Steps lost at most, since the fault."""
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, point: str, problem: str, lost: int = 0) -> None:
+        self.tried += 1
+        self.survived += not problem
+        self.worst = max(self.worst, lost)
+        if problem:
+            self.wrong.append(f"{self.name}, {point}: {problem}")
+
+
+def points(last: int, smoke: bool) -> Iterator[int]:
+    """The numbers of the operations to fail at: all of them, or a few that are spread over them."""
+    if not smoke or last <= SMOKE_POINTS:
+        yield from range(1, last + 1)
+        return
+    yield from sorted({1 + round(i * (last - 1) / (SMOKE_POINTS - 1)) for i in range(SMOKE_POINTS)})
+
+
+# Dying
+
+
+def kills(lab: Lab, fault: str, smoke: bool) -> Row:
+    """Die at every file operation of a run that saves three times, with rotation; go on; end as if nothing had been."""
+    way = "in the background" if lab.asynchronous else "in line"
+    row = Row({"kill": "SIGKILL", "torn": "SIGKILL in mid-write", "power": "power cut"}[fault] + f", saving {way}")
+    base, whole, watched, operations = rotation(lab)
+    for nth in points(operations, smoke):
+        run = lab.copy(base, "victim")
+        ledger = lab.folder / "unsynced.txt"
+        ledger.unlink(missing_ok=True)
+        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault, ledger=ledger))
+        if code == 0 and nth > operations - 3:
+            continue  # in the background the last operations may come in another order
+        done = lab.steps_done(run)
+        if fault == "power":
+            cut_power(ledger)
+        good = last_good(run)
+        problem = f"exit {code}, not killed: {said}" if code != KILLED else ""
+        if good is None:
+            problem = problem or "no checkpoint is left"
+        problem = problem or finish(lab, run, whole)
+        row.add(f"operation {nth}", problem, done - (good or 0))
+        lab.remove(run)
+    return row
+
+
+def rotation(lab: Lab) -> tuple[Path, str, Callable[[Path], Path], int]:
+    """A run that has been stopped at half its way, the end it should come to, the folder whose operations are counted,
+    and how many there are from there to the end."""
+    whole = lab.folder / "whole"
+    base = lab.folder / "base"
+    assert lab.train(whole)[0] == 0
+    assert lab.train(base, until=lab.steps // 2)[0] == 143
+
+    def watched(run: Path) -> Path:
+        # In the background the order of a save's operations is fixed only among themselves.
+        return RunFolder(run).checkpoints if lab.asynchronous else run
+
+    counted = lab.folder / "counted"
+    run = lab.copy(base, "counting")
+
+    def count() -> None:
+        from apt.training.trainer import Trainer
+
+        faults = FaultyFiles(watched(run))
+        faults.install()
+        Trainer(lab.config(), quiet=True, resume=RunFolder(run)).train()
+        counted.write_text(str(faults.count))
+
+    code, said = in_a_child(count, lab.folder / "said.txt")
+    assert code == 0, said
+    return base, end_of(whole), watched, int(counted.read_text())
+
+
+def finish(lab: Lab, run: Path, whole: str) -> str:
+    """Go on with a run to its end; says what was wrong with that, "" if nothing."""
+    code, said = lab.train(run)
+    if code != 0:
+        return f"the resumed run ends with {code}: {said}"
+    if end_of(run) != whole:
+        return "the end is another one"
+    strays = [path.name for path in RunFolder(run).checkpoints.iterdir() if not path.name[5:].isdigit()]
+    return f"{strays} is left" if strays else ""
+
+
+def cut_power(ledger: Path) -> None:
+    """What was written and not synced is empty after the power has gone."""
+    for line in ledger.read_text().splitlines() if ledger.exists() else []:
+        path = Path(line)
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def chain(lab: Lab, links: int) -> Row:
+    """Killed over and over, resumes of resumes and while resuming, at random operations."""
+    row = Row(f"a chain of {links} SIGKILLs")
+    rng = random.Random(0)
+    whole, run = lab.folder / "whole-chain", lab.folder / "chain"
+    assert lab.train(whole)[0] == 0
+    assert lab.train(run, until=2)[0] == 143
+    killed = 0
+    while killed < links:
+        before = lab.steps_done(run)
+        code, said = lab.train(run, faults=FaultyFiles(run, rng.randint(1, 150), rng.choice(["kill", "torn"])))
+        if code == 0:
+            break
+        killed += 1
+        good = last_good(run)
+        problem = f"exit {code}: {said}" if code != KILLED else "" if good is not None else "no checkpoint is left"
+        row.add(f"link {killed}", problem, max(lab.steps_done(run), before) - (good or 0))
+    problem = finish(lab, run, end_of(whole))
+    if killed < links:
+        problem = f"the run was over after {killed} kills"
+    if problem:
+        row.survived = 0
+        row.wrong.append(f"{row.name}: {problem}")
+    return row
+
+
+# A disk that fails
+
+
+def errors(lab: Lab, fault: str, smoke: bool) -> Row:
+    """The disk fails at every file operation: the run says so or does without, what was saved stays, and once the disk
+    works again the run goes on to the same end."""
+    row = Row(f"{fault} at a file operation")
+    base, whole, watched, operations = rotation(lab)
+    for nth in points(operations, smoke):
+        run = lab.copy(base, "victim")
+        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault))
+        problem = ""
+        if code not in (0, 2):
+            problem = f"exit {code}: {said}"
+        elif code == 2 and (str(run) not in said or "\n" in said):
+            problem = f"the message does not name the path: {said}"
+        elif code == 2 and fault == "ENOSPC" and "checkpoints" in said and "bytes are needed" not in said:
+            problem = f"the message does not say how much is needed: {said}"
+        good = last_good(run)
+        if good is None:
+            problem = problem or "no checkpoint is left"
+        lost = lab.steps_done(run) - (good or 0)
+        problem = problem or finish(lab, run, whole)
+        row.add(f"operation {nth}", problem, lost)
+        lab.remove(run)
+    return row
+
+
+# A disk that forgets
+
+
+def damage(lab: Lab, name: str, smoke: bool) -> Row:
+    """Flipped bits, cuts, a file that is missing, empty or another checkpoint's: noticed, and an older one is used."""
+    flips, cuts = (10, 5) if smoke else (200, 50)
+    row = Row(f"{name}: {flips} bit flips, {cuts} cuts, missing, empty, swapped")
+    run = lab.folder / "damaged"
+    if not run.exists():
+        assert lab.train(run)[0] == 0
+    store = CheckpointStore(RunFolder(run).checkpoints)
+    before, last = store.steps()[-2:]
+    path = store.folder / f"step-{last:08d}" / name
+    other = (store.folder / f"step-{before:08d}" / name).read_bytes()
+    whole = path.read_bytes()
+    rng = random.Random(name)
+    cases: list[tuple[str, bytes | None]] = [("missing", None), ("empty", b""), ("swapped", other)]
+    for bit in rng.sample(range(8 * len(whole)), min(flips, 8 * len(whole))):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        cases.append((f"bit {bit}", bytes(flipped)))
+    cases += [(f"cut at {size}", whole[:size]) for size in rng.sample(range(1, len(whole)), cuts)]
+    for what, data in cases:
+        if data is None:
+            path.unlink()
+        else:
+            path.write_bytes(data)
+        row.add(what, use_damaged(store, before, last))
+        path.write_bytes(whole)
+    store.load(last)
+    return row
+
+
+def use_damaged(store: CheckpointStore, before: int, last: int) -> str:
+    """What is wrong with how the store takes it that the checkpoint `last` is damaged; "" if nothing is."""
+    try:
+        store.load(last)
+        return "not noticed"
+    except CheckpointError:
+        pass
+    except Exception as error:
+        return f"not noticed: {type(error).__name__}: {error}"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", AptWarning)
+        used = store.load().step
+    return "" if used == before and told else "the one before is not used, or it is not said"
+
+
+def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]:
+    """{name: what to do}."""
+
+    def lab(name: str, **options: object) -> Lab:
+        place = folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return Lab(place, **options)  # type: ignore[arg-type]
+
+    files = (MODEL, TENSORS, STRUCTURE, MANIFEST)
+    ways = (True, False)
+    links = 8 if smoke else 100
+
+    def killing(fault: str) -> list[Callable[[], Row]]:
+        return [lambda way=way: kills(lab(fault, asynchronous=way), fault, smoke) for way in ways]  # type: ignore[misc]
+
+    return {
+        "kill": killing("kill"),
+        "torn": killing("torn"),
+        "power": killing("power"),
+        "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
+        "errors": [
+            lambda fault=fault: errors(lab(fault, asynchronous=False), fault, smoke)  # type: ignore[misc]
+            for fault in ("ENOSPC", "EIO", "EROFS")
+        ],
+        "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(experiments(Path(), smoke=True))
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(names))
+    parser.add_argument("--smoke", action="store_true", help="a few points of each")
+    args = parser.parse_args(argv)
+    if unknown := set(args.experiments) - set(names):
+        parser.error(f"there is no experiment {', '.join(unknown)}")
+    prepare_process()
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="apt-faults-") as temporary:
+        known = experiments(Path(temporary), args.smoke)
+        print("| fault | survived | of | steps lost at most | seconds |\n|---|---|---|---|---|", flush=True)
+        for name in args.experiments or known:
+            for experiment in known[name]:
+                started = time.monotonic()
+                row = experiment()
+                seconds = time.monotonic() - started
+                wrong += row.wrong
+                print(f"| {row.name} | {row.survived} | {row.tried} | {row.worst} | {seconds:.0f} |", flush=True)
+    print(*wrong[:50], sep="\n", end="\n" if wrong else "")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""A few points of every experiment of the fault suite, and a proof that the suite notices what it is there for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the suite reads /proc, and forks")
+
+SUITE = Path(__file__).with_name("suite.py")
+
+BROKEN = {
+    "nothing is synced": ("power", "durable.sync = store.sync = lambda path: None"),
+    "the new one is not moved in at once": (
+        "kill",
+        "def slow(source, target, real=os.replace):\n"
+        "    import shutil\n"
+        "    if str(source).endswith('.tmp') and os.path.isdir(source):\n"
+        "        shutil.copytree(source, target); shutil.rmtree(source)\n"
+        "    else:\n"
+        "        real(source, target)\n"
+        "store.os = types.SimpleNamespace(**{**vars(os), 'replace': slow}); manifest.verify = store.verify = trust",
+    ),
+    "hashes are not looked at": ("damage", "manifest.verify = store.verify = trust"),
+}
+"""What is wrong with a store: the experiment that shows it, and how it is brought about."""
+
+BREAK = """
+import os, sys, types
+from pathlib import Path
+from apt.checkpoint import durable, manifest, store
+
+def trust(folder, step, *, only=None):
+    return manifest.read_manifest(folder, step)
+
+{how}
+sys.path.insert(0, {folder!r})
+import suite
+sys.exit(suite.main(["--smoke", {experiment!r}]))
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("experiment", ["kill", "torn", "power", "chain", "errors", "damage"])
+def test_every_fault_is_survived(experiment: str) -> None:
+    done = run(str(SUITE), "--smoke", experiment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", done.stdout, flags=re.MULTILINE)
+    assert rows and all(survived == tried and int(tried) >= 4 for survived, tried in rows), done.stdout
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_suite_notices_that(what: str) -> None:
+    experiment, how = BROKEN[what]
+    done = run("-c", BREAK.format(how=how, folder=str(SUITE.parent), experiment=experiment))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^\| .*\|\n[^|]", done.stdout, flags=re.MULTILINE), "it says what"
