@@ -10,6 +10,7 @@ import pytest
 from apt.builtin.plugin import apt_register_providers
 from apt.builtin.voter import EntropyVoter, SelfConsistencyVoter
 from apt.core.registry import Registry
+from apt.data.pairs import PairsDataset
 from apt.data.sources import FilesDataset, StdlibDataset
 from apt.data.tokenizers import (
     BPETokenizerProvider,
@@ -107,6 +108,15 @@ def test_files(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"document {number}, größer\n" * (number + 1), encoding="utf-8")
     every = cases("dataset", lambda: FilesDataset({"train_path": str(tmp_path)}), name="files")
+    assert {
+        result.check.name: result.message for result in (case.run() for case in every) if result.outcome != "ok"
+    } == {}
+
+
+def test_pairs(tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("eins\tone\nzwei, größer\ttwo\n", encoding="utf-8")
+    (tmp_path / "1.jsonl").write_text('{"source": "drei", "target": "three"}\n', encoding="utf-8")
+    every = cases("dataset", lambda: PairsDataset({"train_path": str(tmp_path)}), name="pairs")
     assert {
         result.check.name: result.message for result in (case.run() for case in every) if result.outcome != "ok"
     } == {}
