@@ -45,7 +45,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
-        told = f"process {process.pid} is at work in {tmp_path}"
+        told = rf"another trainer \(process {process.pid}\) is at work in {tmp_path}"
         with pytest.raises(RunInUseError, match=told) as refused, only_trainer(tmp_path):
             pytest.fail("two at once")
         assert refused.value.exit_code == 2 and refused.value.hint and "\n" not in str(refused.value)
@@ -101,7 +101,7 @@ def test_the_name_of_a_holder_elsewhere_and_of_none(tmp_path: Path) -> None:
     with only_trainer(tmp_path):
         (tmp_path / LOCK).write_text("7 another-host")
         with (
-            pytest.raises(RunInUseError, match="trainer, process 7 on another-host is at work"),
+            pytest.raises(RunInUseError, match=r"trainer \(process 7 on another-host\) is at work"),
             only_trainer(tmp_path),
         ):
             pass

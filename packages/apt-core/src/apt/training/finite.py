@@ -109,7 +109,7 @@ class FiniteGuard:
         self._tell(trainer, wrong, f"going on with the state of step {step}")
 
     def _tell(self, trainer: Trainer, wrong: str, what: str) -> None:
-        trainer.note(f"step {trainer.step}: {wrong} not finite; {what}")
+        trainer.note(f"not finite at step {trainer.step}: {wrong}; {what}")
         trainer.extra_metrics["not_finite"] = trainer.extra_metrics.get("not_finite", 0) + 1
 
     def error(self, trainer: Trainer, wrong: str) -> NotFiniteError:

@@ -94,8 +94,8 @@ def _in_use(path: Path) -> RunInUseError:
     holder = ""
     with suppress(OSError, ValueError):
         process, host = path.read_text(encoding="utf-8").split()
-        holder = f", process {int(process)}" + (f" on {host}" if host != socket.gethostname() else "")
+        holder = f" (process {int(process)}{f' on {host}' if host != socket.gethostname() else ''})"
     return RunInUseError(
         f"another trainer{holder} is at work in {path.parent}",
-        hint="wait for it or stop it, or train in another folder (--run-dir)",
+        hint="wait for it or stop it; a new run takes a folder of its own",
     )
