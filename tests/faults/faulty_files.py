@@ -12,12 +12,14 @@ import errno
 import io
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt.checkpoint import store as store_module
+from apt.training.signals import BOUNCE_SECONDS
 
 WRITING = {"open", "write", "mkdir", "save_file", "fsync", "replace"}
 """Operations that may find the disk full."""
@@ -30,7 +32,8 @@ class FaultyFiles:
         folder: whose files are meant.
         nth: the operation, from 1, that the fault happens at; 0 for none, to count them.
         fault: "kill": die just before it. "torn": die in the middle of it, where it writes. "ENOSPC", "EIO", "EROFS":
-            it fails with that; "EROFS" and "ENOSPC" from then on, for a disk does not recover by itself.
+            it fails with that; "EROFS" and "ENOSPC" from then on, for a disk does not recover by itself. "SIGTERM":
+            that signal comes; "SIGTERM SIGTERM": twice, far enough apart to be two.
     """
 
     folder: Path
@@ -63,6 +66,11 @@ class FaultyFiles:
         self.count += 1
         self.operations.append(f"{name} {os.path.relpath(where, self._folder)}")
         due = self.count == self.nth
+        if self.fault.startswith("SIG"):
+            for number, name_of_signal in enumerate(self.fault.split() if due else ()):
+                time.sleep(1.5 * BOUNCE_SECONDS * bool(number))
+                os.kill(os.getpid(), getattr(signal, name_of_signal))
+            return False
         if self.fault in ("kill", "torn", "power"):
             if due and not (self.fault == "torn" and name in ("write", "save_file")):
                 self.die()

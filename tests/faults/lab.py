@@ -115,6 +115,8 @@ def in_a_child(work: Callable[[], None], said: Path) -> tuple[int, str]:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1), os.dup2(null, 2)
             warnings.simplefilter("ignore", AptWarning)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they may be ignored where the suite itself was started
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
             try:
                 work()
                 code = 0

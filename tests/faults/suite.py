@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -158,6 +159,29 @@ def chain(lab: Lab, links: int) -> Row:
     return row
 
 
+def signals(lab: Lab, name: str) -> Row:
+    """A signal comes in a save and in between: the run ends with its code, saved. A second one ends it at once."""
+    row = Row(f"{name}, once and twice, saving {'in the background' if lab.asynchronous else 'in line'}")
+    base, whole, watched, operations = rotation(lab)
+    number = getattr(signal, name)
+    for nth in points(operations, smoke=True):
+        for fault, expected in ((name, 128 + number), (f"{name} {name}", -number)):
+            run = lab.copy(base, "victim")
+            code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault))
+            good = last_good(run)
+            lost = lab.steps_done(run) - (good or 0)
+            # Before the first step and after the last there is nothing to stop, and so nothing to save.
+            early, late = lab.steps_done(run) == lab.steps_done(base), good == lab.steps
+            right = code == expected or (code == -number and (early or late)) or (code == 0 and late)
+            problem = "" if right else f"exit {code} and not {expected}: {said}"
+            if fault == name and lost:
+                problem = problem or f"{lost} steps are lost"
+            problem = problem or finish(lab, run, whole)
+            row.add(f"{fault} at operation {nth}", problem, lost)
+            lab.remove(run)
+    return row
+
+
 # A disk that fails
 
 
@@ -255,6 +279,11 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         "torn": killing("torn"),
         "power": killing("power"),
         "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
+        "signals": [
+            lambda name=name, way=way: signals(lab(name, asynchronous=way), name)  # type: ignore[misc]
+            for name in ("SIGTERM", "SIGINT", "SIGHUP")
+            for way in (ways if name == "SIGTERM" or not smoke else ())
+        ],
         "errors": [
             lambda fault=fault: errors(lab(fault, asynchronous=False), fault, smoke)  # type: ignore[misc]
             for fault in ("ENOSPC", "EIO", "EROFS")

@@ -43,7 +43,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("experiment", ["kill", "torn", "power", "chain", "errors", "damage"])
+@pytest.mark.parametrize("experiment", ["kill", "torn", "power", "chain", "signals", "errors", "damage"])
 def test_every_fault_is_survived(experiment: str) -> None:
     done = run(str(SUITE), "--smoke", experiment)
     assert done.returncode == 0, done.stdout + done.stderr
