@@ -375,7 +375,7 @@ def test_a_scheme_that_makes_no_model_is_blamed(run: Path) -> None:
     registry.register("quant", "strangers", Strangers)
     path = run / "profile.yaml"
     path.write_text(path.read_text().replace("quant_name: null", "quant_name: strangers"))
-    with pytest.raises(ProviderError, match="quant:strangers made Linear of a GPT"):
+    with pytest.raises(ProviderError, match="quant:strangers made Linear of GPT"):
         evaluate_run(RunFolder(run), device="cpu")
 
 
