@@ -3,7 +3,7 @@
     python examples/pairs.py
     python examples/pairs.py --task reverse --epochs 16 --out runs/pairs
 
-Each task takes about two minutes on one CPU core. What remains is a run as any other: `apt chat runs/pairs/reverse`.
+Each task takes two to three minutes on one CPU core. What remains is a run as any other: `apt chat runs/pairs/reverse`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from pathlib import Path
 from apt.api import Generator, RunFolder, Trainer
 
 TASKS = {"copy": lambda word: word, "reverse": lambda word: word[::-1]}
-LONGEST = 10
+SHORTEST, LONGEST = 3, 10
+"""Letters. Of shorter words hardly any would be left to ask for."""
 
 
 def words(count: int, seed: int) -> list[str]:
-    """Different words of 1 to 10 letters, each length equally likely."""
+    """Different words of 3 to 10 letters, each length equally likely."""
     choose = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        found["".join(choose.choices(string.ascii_lowercase, k=choose.randint(1, LONGEST)))] = None
+        found["".join(choose.choices(string.ascii_lowercase, k=choose.randint(SHORTEST, LONGEST)))] = None
     return list(found)
 
 
 def learn(task: str, folder: Path, epochs: int, attention: str) -> float:
     """Train on pairs, print how many of 500 new words come out exactly right, and return their share."""
     answer = TASKS[task]
-    asked, learned = (lambda all_words: (all_words[:500], all_words[500:]))(words(20_500, seed=0))
+    drawn = words(20_500, seed=0)
+    asked, learned = drawn[:500], drawn[500:]
     folder.mkdir(parents=True, exist_ok=True)
     pairs = folder / f"{task}.txt"
     pairs.write_text("".join(f"{word}\t{answer(word)}\n" for word in learned))

@@ -42,22 +42,22 @@ def bpe() -> BPETokenizerProvider:
     return BPETokenizerProvider({"vocab_size": 300})
 
 
-@parametrize_with_checks("attention", TVAAttention, at_least=63, name="tva_default")
+@parametrize_with_checks("attention", TVAAttention, at_least=65, name="tva_default")
 def test_tva(check: Any) -> None:
     check()
 
 
-@parametrize_with_checks("attention", tva_wide, at_least=63, name="tva_default")
+@parametrize_with_checks("attention", tva_wide, at_least=65, name="tva_default")
 def test_tva_wide(check: Any) -> None:
     check()
 
 
-@parametrize_with_checks("attention", MHAAttention, at_least=67, name="mha")
+@parametrize_with_checks("attention", MHAAttention, at_least=69, name="mha")
 def test_mha(check: Any) -> None:
     check()
 
 
-@parametrize_with_checks("attention", mha_grouped, at_least=67, name="mha")
+@parametrize_with_checks("attention", mha_grouped, at_least=69, name="mha")
 def test_mha_grouped(check: Any) -> None:
     check()
 
