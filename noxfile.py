@@ -76,6 +76,13 @@ def tests(session: nox.Session) -> None:
     session.run(str(tools / "pytest"), *arguments, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Every fault of docs/faults.md at every operation, which takes an hour; `tests` takes a few of each."""
+    tools = development(session)
+    session.run(str(tools / "python"), "tests/faults/suite.py", *session.posargs, external=True)
+
+
 @nox.session
 def wheels(session: nox.Session) -> None:
     """Build every wheel, and prove that they are enough where there is no checkout."""
