@@ -20,7 +20,7 @@ from apt.data.loader import Batch
 from apt.training.metrics import MetricsFile, read_metrics
 from apt.training.optim import build_optimizer, learning_rate
 from apt.training.signals import Interrupted, catch_signals
-from apt.training.step import accumulate_gradients, cross_entropy, update
+from apt.training.step import BatchLoss, accumulate_gradients, cross_entropy, update
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -81,7 +81,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
     model, batch = Tiny(), tiny_batch()
     whole = F.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.targets.flatten())
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    loss = accumulate_gradients(model, batch.split(parts), nullcontext())
+    loss = accumulate_gradients(BatchLoss(model, nullcontext()), batch.split(parts))
     assert loss.total.item() == pytest.approx(whole.item(), rel=1e-6)
     assert not loss.total.requires_grad
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -104,7 +104,7 @@ def test_extra_losses_and_aux_losses_join_before_backward(parts: int) -> None:
     base = F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten())
     whole = base + output.aux_loss + output.logits.square().mean()
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    loss = accumulate_gradients(model, batch.split(parts), nullcontext(), extra)
+    loss = accumulate_gradients(BatchLoss(model, nullcontext(), extra), batch.split(parts))
     assert set(loss.parts) == {"aux_loss", "penalty"}
     assert loss.total.item() == pytest.approx(whole.item(), rel=1e-5)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):

@@ -53,6 +53,7 @@ What a hook may rely on, `trainer`:
 | `providers` | {(kind, name): instance} of the providers in use |
 | `tokenizer` | the `Tokenizer` in use |
 | `device` | the `torch.device` of the model |
+| `world` | the `apt.core.world.World`: the run's processes, of which this is `rank` |
 | `run_dir` | the run's folder, a `pathlib.Path` |
 | `epoch` | the epoch the run is in |
 | `step` | how many optimizer steps are done: the hook's `step` before the update, `step + 1` after it |
@@ -87,6 +88,11 @@ An average of the weights is kept as `optimizer.state[parameter][NAME]`, a float
 parameter, beside what AdamW keeps there: so it is saved and resumed with no code of its own, and `apt eval` and
 `apt generate` use it in place of the weights with `--state NAME`. Write it only where the parameter's state is not
 empty: AdamW takes an empty one as its sign to begin, and a parameter that was never trained needs no average.
+
+A run may go on in several processes (`trainer.world`), each of which runs all of the above on its share of every batch.
+What a plugin counts over tokens is then its process's own, until `trainer.world.sum(tensor)` has added it up: every
+process must come to that call. `loss` and `metrics` are those of all processes; `on_log` and trackers are called in
+process 0 alone, and it alone writes files. A hook that is switched off is switched off in all of them.
 
 Failure has two kinds. A hook marked *observer* only looks: if it raises, the others still run, the traceback goes to
 the run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and
@@ -189,7 +195,8 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
 
 @observer
 def on_step_start(step: int, batch: Any, trainer: Any) -> None:
-    """`batch` holds the whole step's tokens, accumulation included: an `apt.data.loader.Batch`."""
+    """`batch` holds the tokens of the whole step, accumulation included, or this process's share of them: an
+    `apt.data.loader.Batch`."""
 
 
 @hookspec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +14,9 @@ from apt.cli import system_apt
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What shells report for a program that SIGINT or SIGPIPE ended."""
+
+SECONDS_TO_SPEAK = 2.0
+"""How long a process that leaves the word to the first one stays: a launcher ends them all as soon as one is gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +60,8 @@ def _leaving_on_interrupt() -> Iterator[None]:
         return
 
     def leave(signum: int, frame: object) -> None:
-        os.write(2, b"\ninterrupted\n")
+        if _is_first():
+            os.write(2, b"\ninterrupted\n")
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, leave)
@@ -76,7 +81,7 @@ def _run(arguments: list[str]) -> int:
         # A letter that the terminal's encoding lacks must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with warnings.catch_warnings():
-        warnings.simplefilter("always", AptWarning)
+        warnings.simplefilter("always" if _is_first() else "ignore", AptWarning)
         warnings.showwarning = _one_line_each(warnings.showwarning)
         if (text := answer(arguments)) is not None:
             print(text)
@@ -122,6 +127,9 @@ def _report(error: Exception) -> int:
     """Say what went wrong and how to mend it; returns the exit code."""
     from apt.core.errors import AptError
 
+    if not _is_first():
+        time.sleep(SECONDS_TO_SPEAK)
+        return error.exit_code if isinstance(error, AptError) else 1
     if isinstance(error, AptError):
         ended_by_signal = error.exit_code > 128
         print(f"{'' if ended_by_signal else 'error: '}{error.message}", file=sys.stderr)
@@ -135,6 +143,11 @@ def _report(error: Exception) -> int:
     text = f"{type(error).__name__}: {error}".partition("\n")[0]
     print(f"internal error: {text}; run again with --debug and report what it shows", file=sys.stderr)
     return 1
+
+
+def _is_first() -> bool:
+    """Whether this process speaks: of those that train one run together, the first of each machine does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _discard_output() -> None:

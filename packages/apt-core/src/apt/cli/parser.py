@@ -97,7 +97,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _CONFIGURE[command](parser)
     if command in TAKE_OPTIONS:
         _add_plugin_options(command, parser, rest, overrides)
-    parser.set_defaults(command=command, overrides=overrides)
+    parser.set_defaults(command=command, overrides=overrides, arguments=arguments)
     return parser.parse_all(rest)
 
 
@@ -171,6 +171,9 @@ def _train(parser: Parser) -> None:
         metavar="LOCK",
         help="refuse every plugin, version and file that LOCK does not hold; left out, it is the profile's own lock "
         "(apt plugin-lock), or that of the run that is resumed",
+    )
+    parser.add_argument(
+        "--nproc", type=count, metavar="N", help="train in N processes of this machine, on a GPU each if it has as many"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     _add_selection(parser)

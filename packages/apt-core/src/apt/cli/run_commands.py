@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,11 @@ def run_train_command(args: Namespace) -> int:
 
     profile = resolve(source, overrides)  # what is wrong with it is said before torch is imported, which takes seconds
 
+    if args.nproc is not None and args.nproc > 1:
+        return _train_in_processes(args.nproc, args.arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's transports remark on in each process
+
     from apt.training.trainer import Trainer
 
     trainer = Trainer(
@@ -56,6 +63,22 @@ def run_train_command(args: Namespace) -> int:
     )
     trainer.train()
     return 0
+
+
+def _train_in_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run this very command in so many processes."""
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError("apt train: --nproc within a launcher, which has started the processes", hint="leave it out")
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--nproc":
+            next(rest)
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+
+    from apt.training.launch import launch
+
+    return launch(count, [*kept, *(["--debug"] if "--debug" in sys.argv else [])])
 
 
 def run_eval_command(args: Namespace) -> int:

@@ -77,6 +77,10 @@ class NotFiniteError(TrainingError):
     """The loss or the weights are NaN or infinite: what the run has become is not worth saving."""
 
 
+class PeerLostError(TrainingError):
+    """Another process of the run is gone: killed, failed, or out of reach."""
+
+
 class AptWarning(UserWarning):
     """Something that was asked for is passed over, or done in another way."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pluggy
 
 from apt import hookspecs
-from apt.core.errors import AptWarning, PluginError, TrainingError, did_you_mean
+from apt.core.errors import AptWarning, PeerLostError, PluginError, TrainingError, did_you_mean
 
 if TYPE_CHECKING:
     import logging
@@ -46,6 +46,8 @@ class Failure:
     """Whether the run lost something by it: False for an observer."""
     switched_off: bool
     """Whether the hook will not be called again."""
+    process: int | None = None
+    """Where it failed, if that was in another process of the run."""
 
     @property
     def where(self) -> str:
@@ -61,7 +63,8 @@ class Failure:
                 if self.effect
                 else f"; switched off after {MAX_OBSERVER_FAILURES} failures"
             )
-        return f"{self.where} failed: {kind}: {self.error}{ending}"
+        elsewhere = "" if self.process is None else f" in process {self.process}"
+        return f"{self.where} failed{elsewhere}: {kind}: {self.error}{ending}"
 
 
 @dataclass(slots=True)
@@ -208,6 +211,24 @@ class Hooks:
             if call.plugin == plugin:
                 self._caught(call, hook, error)
 
+    def pending(self) -> list[tuple[str, str, str, str]]:
+        """What `settle` will switch off: plugin, hook, and the kind and the text of the last error."""
+        if not self._to_switch_off:
+            return []
+        last = {(f.plugin, f.hook): f.error for f in self.failures}
+        return [(*key, type(last[key]).__name__, str(last[key])) for key in sorted(self._to_switch_off)]
+
+    def lose(self, process: int, plugin: str, hook: str, kind: str, text: str) -> None:
+        """Switch off, at the next `settle`, what has failed in another process of the run."""
+        if (plugin, hook) in self._to_switch_off | self._off:
+            return
+        error = type(kind, (Exception,), {})(text)  # the name says it: the class may not be importable here
+        failure = Failure(plugin, hook, error, self._is_effect(plugin, hook), True, process)
+        self.failures.append(failure)
+        self._to_switch_off.add((plugin, hook))
+        self._log(failure)
+        warnings.warn(str(failure), AptWarning, stacklevel=2)
+
     def settle(self) -> None:
         """Switch off what has failed too often. Called at step boundaries alone, so that a step is of one piece."""
         if self._to_switch_off:
@@ -236,6 +257,8 @@ class Hooks:
             result = call.function(*[arguments[name] for name in call.arguments])
             if result is not None and check is not None and (wrong := check(result)):
                 raise TypeError(wrong)
+        except PeerLostError:
+            raise  # no fault of the plugin's
         except (Exception, SystemExit) as error:
             self._caught(call, hook, error)
             return None

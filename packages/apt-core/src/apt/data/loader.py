@@ -21,6 +21,8 @@ NO_TARGET = -100
 """What torch's cross_entropy passes over."""
 
 Indices = npt.NDArray[np.int64]
+Share = tuple[int, int]
+"""(i, n): the i-th of n parts, from 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,11 +90,13 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches per epoch, the same for every epoch."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`."""
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`; of each the
+        rows of one share."""
 
-    def eval_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """All there is, in order, in batches of at most so many rows; at most `limit` of them."""
+    def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
+        """All there is, in order, in batches of at most so many rows; at most `limit` of them, and one share of
+        those."""
 
 
 class TokenLoader:
@@ -155,13 +159,21 @@ class TokenLoader:
         """Batches per epoch, the same for every epoch."""
         return self._blocks // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`."""
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`.
+
+        Args:
+            share: (i, n): of each batch the i-th of n equal parts of its rows. N must be a multiple of n.
+        """
+        part, parts = share
+        rows = self.batch_size // parts
+        assert rows * parts == self.batch_size
         starts = self._starts(epoch)
         for index in range(start, len(self)):
-            yield self._batch(starts[index * self.batch_size : (index + 1) * self.batch_size])
+            first = index * self.batch_size + part * rows
+            yield self._batch(starts[first : first + rows])
 
-    def eval_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
         """The text in order, so that each token but the very first is predicted exactly once.
 
         The last row is padded, with targets of -100, and the last batch may have fewer rows.
@@ -169,10 +181,12 @@ class TokenLoader:
         Args:
             batch_size: rows per batch.
             limit: stop after so many batches.
+            share: (i, n): every n-th batch from the i-th on.
         """
         starts = np.arange(0, len(self.tokens) - 1, self.block_size)
         stop = len(starts) if limit is None else min(limit * batch_size, len(starts))
-        for first in range(0, stop, batch_size):
+        part, parts = share
+        for first in range(part * batch_size, stop, parts * batch_size):
             yield self._batch(starts[first : first + batch_size])
 
     def _starts(self, epoch: int) -> Indices:

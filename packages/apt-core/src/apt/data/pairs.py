@@ -18,7 +18,7 @@ import torch
 from apt.core.config import Section
 from apt.core.errors import AptWarning, DataError
 from apt.core.providers.dataset import Piece
-from apt.data.loader import NO_TARGET, Batch, Indices
+from apt.data.loader import NO_TARGET, Batch, Indices, Share
 from apt.data.readers import Stat, checked, decoded_lines, jsonl_texts, read_with
 from apt.data.sources import FilesDataset
 from apt.data.token_store import Tokens
@@ -148,20 +148,27 @@ class PairLoader:
         """Batches per epoch, the same for every epoch."""
         return self.pairs // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`."""
-        for rows_N in self._order(epoch)[start:]:
-            yield self._batch(rows_N)
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`.
 
-    def eval_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        Args:
+            share: (i, n): of each batch the i-th of n equal parts of its rows. N must be a multiple of n.
+        """
+        part, parts = share
+        for rows_N in self._order(epoch)[start:]:
+            yield self._batch(rows_N.reshape(parts, -1)[part])
+
+    def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
         """The pairs in order, so that each token of a target is predicted exactly once; the last batch may be smaller.
 
         Args:
             batch_size: pairs per batch.
             limit: stop after so many batches.
+            share: (i, n): every n-th batch from the i-th on.
         """
+        part, parts = share
         stop = self.pairs if limit is None else min(limit * batch_size, self.pairs)
-        for first in range(0, stop, batch_size):
+        for first in range(part * batch_size, stop, parts * batch_size):
             yield self._batch(np.arange(first, min(first + batch_size, self.pairs)))
 
     def _order(self, epoch: int) -> Indices:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from apt.core.errors import UsageError
 from apt.core.runs import RunFolder
 from apt.core.schedules import Schedule
+from apt.core.world import World
 from apt.data.loader import NO_TARGET, Loader
 from apt.data.prepare import prepare_data
 from apt.evaluation.answers import Exam
@@ -23,7 +24,12 @@ from apt.modeling.layers.mode import evaluation_mode
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, batch_size: int, device: torch.device, batches: int | None = None
+    model: nn.Module,
+    loader: Loader,
+    batch_size: int,
+    device: torch.device,
+    batches: int | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Predict every token of a split once, in evaluation mode and full precision.
 
@@ -33,13 +39,15 @@ def evaluate(
         batch_size: sequences at a time.
         device: where the model is.
         batches: stop after so many; None measures all.
+        world: the processes to share the batches with, each of which calls this; each returns the same.
 
     Returns:
         "val_loss" (mean nats per token), "perplexity" (its exponential) and "val_tokens" (how many were predicted).
     """
+    world = world or World()
     total, tokens = 0.0, 0
     with evaluation_mode(model):
-        for batch in loader.eval_batches(batch_size, limit=batches):
+        for batch in loader.eval_batches(batch_size, limit=batches, share=(world.rank, world.size)):
             tokens += int((batch.targets != NO_TARGET).sum())
             batch = batch.to(device)
             logits_BTV = model(batch.tokens, **batch.context).logits
@@ -47,6 +55,7 @@ def evaluate(
                 logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
             )
             total += losses.item()  # a float has 64 bits on every device
+    total, tokens = world.sum(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     loss = total / tokens
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "val_tokens": float(tokens)}
 

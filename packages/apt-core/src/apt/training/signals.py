@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -25,6 +26,14 @@ class Interrupted(AptError):
     def __init__(self, signum: int, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signum
+
+
+def _is_to_be_answered(signum: int) -> bool:
+    """Whether anyone who sent the signal waits for a word: after SIGHUP there is nobody left to read it, and of several
+    processes the first one has it, where it came from the keyboard."""
+    if "LOCAL_RANK" in os.environ:
+        return signum == signal.SIGINT and os.environ["LOCAL_RANK"] == "0"
+    return signum != getattr(signal, "SIGHUP", None)
 
 
 class StopRequest:
@@ -62,7 +71,7 @@ def catch_signals() -> Iterator[StopRequest]:
         nonlocal asked_at
         if request.signum is None:
             request.signum, asked_at = signum, time.monotonic()
-            if signum != getattr(signal, "SIGHUP", None):  # then there is nobody left to read it
+            if _is_to_be_answered(signum):
                 print("stopping after this step, and saving; once more to leave at once", file=sys.stderr, flush=True)
         elif time.monotonic() - asked_at >= BOUNCE_SECONDS:
             for other, handler in before.items():

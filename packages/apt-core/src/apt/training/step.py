@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from apt.core.errors import AptError, TrainingError
-from apt.data.loader import NO_TARGET, Batch, Loader
+from apt.core.world import World
+from apt.data.loader import NO_TARGET, Batch
 from apt.modeling.layers.mode import evaluation_mode
 
 ExtraLosses = Callable[[Batch, Tensor, Tensor, dict[str, Any]], Mapping[str, Tensor]]
@@ -39,55 +40,77 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=NO_TARGET)
 
 
-def accumulate_gradients(
-    forward: Callable[..., Any],
-    micro_batches: Sequence[Batch],
-    autocast: AbstractContextManager[Any],
-    extra_losses: ExtraLosses | None = None,
-) -> Loss:
-    """Run every micro-batch forward and backward; the gradients add up to those of the mean loss over the whole step.
+class BatchLoss(nn.Module):
+    """The loss of a micro-batch, as a module: all that uses parameters happens in its forward, the plugins' losses
+    included, so that whoever reduces gradients over processes sees which of them take part.
 
     Args:
-        forward: the model, compiled or not.
-        micro_batches: equal in size.
+        model: the module, or what torch.compile makes of it.
         autocast: the precision to compute in.
         extra_losses: asked for losses to add before `backward`; None if nobody has any.
     """
-    loss = Loss(torch.zeros(()))
-    for batch, share in zip(micro_batches, _shares(micro_batches), strict=True):
-        with autocast:
-            output = forward(batch.tokens, **batch.context)
+
+    def __init__(
+        self, model: Callable[..., Any], autocast: AbstractContextManager[Any], extra_losses: ExtraLosses | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.extra_losses = extra_losses
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to minimise, 0-d, nats per token; and what of it is no cross-entropy, by name, detached."""
+        parts: dict[str, Tensor] = {}
+        with self.autocast:
+            output = self.model(batch.tokens, **batch.context)
             total = cross_entropy(output.logits, batch.targets)
-            parts: dict[str, Tensor] = {}
             if output.aux_loss is not None:
                 parts["aux_loss"] = output.aux_loss
-            if extra_losses is not None:
+            if self.extra_losses is not None:
                 model_state = {
                     "tokens": batch.tokens,
                     "hidden": output.hidden,
                     "aux_loss": output.aux_loss,
                     "document_ids": batch.document_ids,
                 }
-                for name, part in extra_losses(batch, output.logits, batch.targets, model_state).items():
+                for name, part in self.extra_losses(batch, output.logits, batch.targets, model_state).items():
                     parts[free_name(parts, name)] = part
         for part in parts.values():
             total = total + part
-        if len(micro_batches) > 1:
-            total = total * share
-        total.backward()
+        return total, {name: part.detach() for name, part in parts.items()}
+
+
+def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], world: World | None = None) -> Loss:
+    """Run every micro-batch forward and backward; the gradients add up to those of the mean loss over the whole step.
+
+    Args:
+        batch_loss: a `BatchLoss`, or one whose gradients DistributedDataParallel averages over the processes; that is
+            then done once, while the last micro-batch runs backward.
+        micro_batches: equal in rows, here and in every process.
+        world: the processes, over which the loss that is returned is still to be averaged.
+    """
+    world = world or World()
+    loss = Loss(torch.zeros(()))
+    for batch, share in zip(micro_batches, _shares(micro_batches, world), strict=True):
+        is_last = batch is micro_batches[-1]
+        with nullcontext() if is_last else getattr(batch_loss, "no_sync", nullcontext)():
+            total, parts = batch_loss(batch)
+            if len(micro_batches) * world.size > 1:
+                total = total * share
+            total.backward()
         loss.total = total.detach() if batch is micro_batches[0] else loss.total + total.detach()
         for name, part in parts.items():
-            scaled = part.detach() * share
+            scaled = part * share
             loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled
     return loss
 
 
-def _shares(micro_batches: Sequence[Batch]) -> Sequence[float | Tensor]:
-    """What each micro-batch counts for: its share of the tokens to predict."""
+def _shares(micro_batches: Sequence[Batch], world: World) -> Sequence[float | Tensor]:
+    """What each micro-batch counts for: its share of the tokens that an average process has to predict."""
     if micro_batches[0].source is None:  # blocks of text are full
         return [1.0 / len(micro_batches)] * len(micro_batches)
     counts = torch.stack([(batch.targets != NO_TARGET).sum() for batch in micro_batches])
-    return (counts / counts.sum()).unbind()
+    return (counts / world.mean(counts.sum())).unbind()
 
 
 def update(
@@ -110,24 +133,21 @@ def update(
     return norm
 
 
-def dry_run(
-    model: nn.Module, loader: Loader, parts: int, device: torch.device, autocast: AbstractContextManager[Any]
-) -> None:
+def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: AbstractContextManager[Any]) -> None:
     """One micro-batch forward and backward, so that what cannot work fails before the first step.
 
     It leaves no trace: the model is in evaluation mode, its gradients are dropped, the random state is put back.
 
     Args:
         model: not compiled, for its other mode would have it compiled twice.
-        parts: micro-batches per step.
+        batch: the micro-batch.
 
     Raises:
         TrainingError: it fails; the message says with what.
     """
-    batch = next(iter(loader.epoch(0))).to(device).split(parts)[0]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(model):
-            accumulate_gradients(model, [batch], autocast)
+            accumulate_gradients(BatchLoss(model, autocast), [batch.to(device)])
     except AptError:
         raise
     except Exception as error:

@@ -26,9 +26,17 @@ from apt.checkpoint.lock import (
 )  # fmt: skip
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
-from apt.core.device import pick_device, tune_cpu_memory, use_bf16
+from apt.core.device import tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugin, Plugins, choose, discover
-from apt.core.errors import AptError, AptWarning, CheckpointError, ConfigError, NotFiniteError, TrainingError
+from apt.core.errors import (
+    AptError,
+    AptWarning,
+    CheckpointError,
+    ConfigError,
+    NotFiniteError,
+    PeerLostError,
+    TrainingError,
+)
 from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse, Slot
 from apt.core.logging import get_logger, log_to_file
@@ -37,6 +45,7 @@ from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
 from apt.core.providers import Provider
 from apt.core.runs import RunFolder, new_run
 from apt.core.schedules import Schedule
+from apt.core.world import World
 from apt.data.loader import Batch
 from apt.data.prepare import prepare_data
 from apt.evaluation.answers import Exam
@@ -44,6 +53,7 @@ from apt.evaluation.evaluate import evaluate
 from apt.inference.generator import Generator
 from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
+from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
 from apt.training.metrics import MetricsFile
@@ -53,7 +63,7 @@ from apt.training.progress import Progress
 from apt.training.run_lock import only_trainer
 from apt.training.signals import Interrupted, StopRequest, catch_signals
 from apt.training.state import capture, restore
-from apt.training.step import accumulate_gradients, dry_run, free_name, update
+from apt.training.step import BatchLoss, accumulate_gradients, dry_run, free_name, update
 from apt.training.window import Window, not_finite, plain_numbers
 
 
@@ -99,6 +109,7 @@ class Trainer:
         _refuse_quantised(self.config)
         self.options = options
         self.strict = strict
+        self.world = World.of_environment()
         self.run = resume or (RunFolder(run_dir) if run_dir else None)
         self.resumed = resume is not None
         selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
@@ -116,7 +127,7 @@ class Trainer:
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
         for plugin in self.plugins.listeners(TRAINING):
             self.hooks.add(plugin.module, plugin.name)
-        self.progress = Progress(quiet=quiet)
+        self.progress = Progress(quiet=quiet or not self.world.is_first)
         self.hooks.add(self.progress, "progress")
         self.extra_metrics: dict[str, float | Tensor] = {}
         self.epoch = self.step = self.batch_index = 0
@@ -127,6 +138,7 @@ class Trainer:
         self.epoch_closed = True
         self._guard = FiniteGuard(self.config.training.on_not_finite)
         self._stop = StopRequest()
+        self._signum: int | None = None
         self._begun = self._looping = self._updating = False
         self._rng_before_step: Tensor | None = None
 
@@ -167,13 +179,18 @@ class Trainer:
             raise TrainingError(
                 "this trainer has trained already", hint="make a new one; resume=RunFolder(...) goes on"
             )
-        self._begun, training = True, self.config.training
+        self._begun = True
         with ExitStack() as stack:
             try:
+                stack.enter_context(self.world.unhurried())
+                self.world.meet()
                 self.hooks.call("on_config_resolved", config=self.config)
-                self._build_parts()
-                dry_run(self.model, self.data.train, training.gradient_accumulation, self.device, self._autocast)
+                self._build_parts(stack)
+                first = next(self.data.train.epoch(0, share=self._share)).split(self._micro_batches)[0]
+                dry_run(self.model, first, self.device, self._autocast)
                 self._open_run(stack)
+                self._loss = reduced(self._batch_loss, self.world)
+                stack.enter_context(self.world.unhurried())
                 self._stop = stack.enter_context(catch_signals())
                 self._fit()
             except BaseException as error:
@@ -189,19 +206,20 @@ class Trainer:
         if unread := ", ".join(self.schedule.unread()):
             warnings.warn(f"schedules: nothing in this run has asked for {unread}", AptWarning, stacklevel=2)
         self._saver.wait()
+        self.world.wait_for_all()
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
         training, checkpoint = self.config.training, self.config.checkpoint
         self.epoch_closed = False
         self.hooks.call("on_epoch_start", epoch=self.epoch, trainer=self)
-        for batch in self.data.train.epoch(self.epoch, start=self.batch_index):
+        for batch in self.data.train.epoch(self.epoch, start=self.batch_index, share=self._share):
             if self.step == self.total_steps:
                 break
             self._run_step(batch.to(self.device))
-            if self._stop:
+            if self._signum is not None:
                 self._save(wait=True)
-                raise self._interrupted()
+                raise self._interrupted(self._signum)
             self._saver.check()
             if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
@@ -219,10 +237,12 @@ class Trainer:
     def _run_step(self, batch: Batch) -> None:
         step, training = self.step, self.config.training
         self._rng_before_step = torch.get_rng_state()
+        own_numbers(self.world, training.seed, step)
         self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
-        micro_batches = batch.split(training.gradient_accumulation)
-        extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
-        loss = accumulate_gradients(self._forward, micro_batches, self._autocast, extra_losses)
+        self._batch_loss.extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
+        with self.world.watching():
+            loss = accumulate_gradients(self._loss, batch.split(self._micro_batches), self.world)
+        loss.total = self.world.mean(loss.total)
         self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
         wrong = self._guard.wrong_in_step(loss.total, self._parameters)
         norm = None if wrong else self._update()
@@ -233,7 +253,7 @@ class Trainer:
         else:
             self.window.add(loss, norm)
             self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
-        self.hooks.settle()
+        self._agree()
         if self.step % training.log_every == 0:
             self._log()
 
@@ -241,6 +261,17 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config.training)
         self._updating = True
         return update(self.optimizer, self._parameters, rate, self.config.training.gradient_clip)
+
+    def _agree(self) -> None:
+        """Between two steps: whether to stop, and which hooks to call no more, for all processes alike."""
+        pending = self.hooks.pending()
+        signum, failing = self.world.maximum([self._stop.signum or 0, len(pending)])
+        self._signum = signum or None
+        if failing:
+            for process, lost in enumerate(self.world.gather(pending)):
+                for plugin, hook, kind, text in lost:
+                    self.hooks.lose(process, plugin, hook, kind, text)
+            self.hooks.settle()
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -251,7 +282,7 @@ class Trainer:
         """A record of the steps since the last one, if there are any."""
         if not self.window:
             return
-        facts = self.window.close()
+        facts = mean_of(self.world, self.window.close())
         facts["learning_rate"] = learning_rate(self.step - 1, self.total_steps, self.config.training)
         if wrong := not_finite(facts):
             raise self._guard.error(self, ", ".join(wrong))
@@ -261,7 +292,8 @@ class Trainer:
         """Measure the held-out text, and with `answers` the questions; returns whether the loss is the best so far."""
         with self.window.off_the_clock():
             training = self.config.training
-            metrics = evaluate(self.model, self.data.val, training.batch_size, self.device, training.eval_batches)
+            size, batches = training.batch_size, training.eval_batches
+            metrics = evaluate(self.model, self.data.val, size, self.device, batches, self.world)
             if answers and self.exam is not None:
                 metrics |= self.exam.take(self._generator(), self.epoch, self.step - 1)
             self.metrics, self.evaluated_step = metrics, self.step
@@ -277,6 +309,9 @@ class Trainer:
 
     def _record(self, event: str, facts: Mapping[str, float]) -> None:
         """Hand a record to whoever keeps them, with what plugins have added to `extra_metrics`."""
+        if not self.world.is_first:
+            self.extra_metrics.clear()
+            return
         record: dict[str, Any] = {"event": event, "step": self.step - 1, "epoch": self.epoch, **facts}
         for name, value in plain_numbers(self.extra_metrics).items():
             record[free_name(record, name)] = value
@@ -286,19 +321,28 @@ class Trainer:
         self.hooks.call("on_log", record=MappingProxyType(record))
 
     def _save(self, *, wait: bool = False) -> None:
-        """Save, in the background unless told to wait; a model that is not finite is never kept."""
+        """Save, in the background unless told to wait; then no process goes on before it is on the disk."""
         with self.window.off_the_clock():
-            if wrong := self._guard.wrong_in_state(self):
-                if wait or self.step >= self.total_steps:
-                    raise self._guard.error(self, wrong)
-                self._guard.roll_back(self, wrong)
-                return
-            self._saver.save(capture(self), wait=wait)
-            self._guard.saved()
+            self._write_checkpoint(wait)
+            if wait:
+                self.world.wait_for_all()
+
+    def _write_checkpoint(self, wait: bool) -> None:
+        """A model that is not finite is never kept."""
+        if wrong := self._guard.wrong_in_state(self):
+            if wait or self.step >= self.total_steps:
+                raise self._guard.error(self, wrong)
+            self._guard.roll_back(self, wrong)
+            return
+        checkpoint = capture(self)
+        if self.world.is_first:
+            self._saver.save(checkpoint, wait=wait)
+        self._guard.saved()
 
     def last_saved(self) -> int | None:
         """The step of the newest checkpoint, if there is one; the save that is on its way is waited for."""
         self._finish_saving()
+        self.world.wait_for_all()
         return self.store.latest()
 
     def _extra_losses(
@@ -317,18 +361,26 @@ class Trainer:
 
     # Building
 
-    def _build_parts(self) -> None:
+    def _build_parts(self, stack: ExitStack) -> None:
         """Data, model, optimizer: everything that can be refused, before anything is written."""
         config, training = self.config, self.config.training
-        self.device = pick_device(config.hardware.device)
+        self.device = own_device(config.hardware.device, self.world)
+        self._micro_batches = own_micro_batches(training, self.world)
+        self._share = (self.world.rank, self.world.size)
+        stack.enter_context(self.world.joined(self.device))
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
+        else:
+            share_cores(self.world)
         if self.device.type == "cpu":
             tune_cpu_memory()
         check_memory(config, self.registry, self.device, config.model.vocab_size)
         torch.manual_seed(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
-        self.data = prepare_data(config, self.in_use, tokenizer_path=tokenizer_path, progress=self.progress.preparing)
+        with self.world.one_first("data"):
+            self.data = prepare_data(
+                config, self.in_use, tokenizer_path=tokenizer_path, progress=self.progress.preparing
+            )
         self.tokenizer = self.data.tokenizer
         self.steps_per_epoch = len(self.data.train)
         self.total_steps = min(training.max_epochs * self.steps_per_epoch, training.max_steps or 2**62)
@@ -349,30 +401,22 @@ class Trainer:
         use_side_providers(config, self.in_use, self.model)
         voter: Any = self.providers.get(("voter", config.model.voter_name or ""))
         self.exam = Exam(config, self.schedule, voter) if config.data.answers_path else None
-        self.hooks.add_providers(self.providers)
+        self.hooks.add_providers(
+            {slot: made for slot, made in self.providers.items() if self.world.is_first or slot[0] != "tracker"}
+        )
         self.hooks.call("on_model_built", model=self.model, trainer=self)
         self.optimizer = build_optimizer(self.model, training)
         self.hooks.call("on_optimizer_built", optimizer=self.optimizer, trainer=self)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._forward = torch.compile(self.model) if training.compile else self.model
         bf16 = use_bf16(training.mixed_precision, self.device, config.model.d_model)
         self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        self._batch_loss = BatchLoss(torch.compile(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
 
     def _open_run(self, stack: ExitStack) -> None:
         """Make the run's folder, or enter the one that is resumed and go on from its last good checkpoint; then write
         down what the run is made of."""
-        self.run = self.run or new_run(self.config.output_dir, self.config.name)
-        try:
-            self.run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(error, self.run.path, 0) from error
-        stack.enter_context(only_trainer(self.run.path))
-        if self.run.holds_a_run() and not self.resumed:
-            raise CheckpointError(
-                f"{self.run.path} holds a run already",
-                hint=f"go on with it (--resume {self.run.path}) or choose another folder",
-            )
+        self.run = self._own_folder(stack)
         slots = list(self.in_use.slots.values())
         keep = self.config.checkpoint
         self.store = CheckpointStore(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
@@ -380,6 +424,13 @@ class Trainer:
         if self.lock:
             check_lock(self.lock, slots)
             restore(self, self.store.load())
+            if len(found := set(self.world.gather(self.step))) > 1:
+                raise CheckpointError(
+                    f"the processes find different checkpoints in {self.run.checkpoints}: of steps {sorted(found)}",
+                    hint="the run's folder must be the same one on every machine",
+                )
+        if not self.world.is_first:
+            return
         try:
             stack.enter_context(log_to_file(self.logger, self.run.log))
             self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
@@ -401,6 +452,24 @@ class Trainer:
                     "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
                 )
 
+    def _own_folder(self, stack: ExitStack) -> RunFolder:
+        """The run's folder, which process 0 makes or enters, and has for its run alone."""
+        if not self.world.is_first:
+            return RunFolder(Path(self.world.gather(None)[0]))
+        run = self.run or new_run(self.config.output_dir, self.config.name)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(error, run.path, 0) from error
+        stack.enter_context(only_trainer(run.path))
+        if run.holds_a_run() and not self.resumed:
+            raise CheckpointError(
+                f"{run.path} holds a run already",
+                hint=f"go on with it (--resume {run.path}) or choose another folder",
+            )
+        self.world.gather(str(run.path))
+        return run
+
     def _plugins_of(self, slots: Iterable[Slot]) -> list[Plugin]:
         return self.plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
 
@@ -413,24 +482,32 @@ class Trainer:
 
     # The end
 
-    def _interrupted(self) -> Interrupted:
-        assert self._stop.signum is not None
-        name = "Ctrl-C" if self._stop.signum == signal.SIGINT else signal.Signals(self._stop.signum).name
+    def _interrupted(self, signum: int) -> Interrupted:
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         return Interrupted(
-            self._stop.signum,
+            signum,
             f"stopped by {name} after step {self.step} of {self.total_steps}; saved",
             hint=f"go on with: apt train --resume {self.run_dir}",
         )
 
     def _end_early(self, error: BaseException) -> None:
         """Save the run if its state is that of a finished step, then say why it ends."""
+        told = self.world.first_failure(error)
         self.logger.error("the run ends early: %s", error, exc_info=error)
         self._finish_saving()
         with self.hooks.forgiving():
             saved = self._save_what_is_whole(error)
             self.hooks.call("on_exception", error=error, trainer=self)
+        self.world.end_together()
+        kept = f"the run is saved in {self.run_dir}" if saved else "what was saved before is kept"
+        if isinstance(error, PeerLostError) and self._looping:
+            raise PeerLostError(
+                f"step {self.step} failed in {told}; {kept}"
+                if told
+                else f"another process of the run was killed, or is out of reach, in step {self.step}; {kept}",
+                hint=f"go on with: apt train --resume {self.run_dir}",
+            ) from error
         if self._looping and isinstance(error, Exception) and not isinstance(error, AptError):
-            kept = f"the run is saved in {self.run_dir}" if saved else "what was saved before is kept"
             raise TrainingError(
                 f"step {self.step} failed: {type(error).__name__}: {error}; {kept}",
                 hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
@@ -438,7 +515,7 @@ class Trainer:
 
     def _save_what_is_whole(self, error: BaseException) -> bool:
         """Save after an error, unless it came in mid-update or from saving, or the state is bad, or nobody waits."""
-        if not self._looping or self._updating or not isinstance(error, Exception):
+        if not self._looping or self._updating or not isinstance(error, Exception) or not self.world.is_first:
             return False
         if isinstance(error, Interrupted | CheckpointError | NotFiniteError):
             return False
@@ -446,7 +523,7 @@ class Trainer:
             # The step that failed is done again after a resume, with the numbers it had drawn (on a CPU).
             torch.set_rng_state(self._rng_before_step)
         try:
-            self._save(wait=True)
+            self._write_checkpoint(wait=True)
         except Exception as failed:
             self.logger.error("it could not be saved either: %s", failed)
             return False

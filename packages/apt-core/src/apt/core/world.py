@@ -1,0 +1,271 @@
+"""The processes that train one run together: which of them this is, and what they tell each other.
+
+A launcher (`apt train --nproc N`, torchrun) starts each one with the variables RANK, WORLD_SIZE, LOCAL_RANK and
+MASTER_ADDR; without them a run is a single process, for which everything here does nothing. torch is imported on use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from apt.core.errors import AptError, ConfigError, PeerLostError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+PATIENCE = 3.0
+"""Seconds in which a process that fails by itself says so, before the others conclude that it was killed."""
+
+LONG = timedelta(days=1)
+"""How long one process may take for what the others wait for: a large text is tokenized in hours."""
+
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+"""What the transport of gloo says of a process that is gone."""
+
+
+class World:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        rank: which one this is, from 0. Process 0 alone writes: to the console, to the run's folder, to trackers.
+        size: how many there are.
+        local_rank, local_size: likewise, on this machine.
+        machine: which machine this is, from 0.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, local_size: int = 1, machine: int = 0
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.local_size = local_size
+        self.machine = machine
+        self._store: Any = None
+        self._over_nccl = False
+
+    @classmethod
+    def of_environment(cls, variables: Mapping[str, str] = os.environ) -> World:
+        """The world that a launcher has described.
+
+        Raises:
+            ConfigError: it has described half of one.
+        """
+        if variables.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        missing = [name for name in VARIABLES if name not in variables]
+        try:
+            rank, size = int(variables.get("RANK", "0")), int(variables["WORLD_SIZE"])
+            local_rank, local_size, machine = (
+                int(variables.get(name, default))
+                for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size), ("GROUP_RANK", 0))
+            )
+        except ValueError:
+            missing = missing or ["a number in each of " + ", ".join(VARIABLES[:2])]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {variables['WORLD_SIZE']}, and the environment lacks {', '.join(missing)}",
+                hint="start the processes with: apt train --nproc N, or torchrun; or unset WORLD_SIZE",
+            )
+        return cls(rank, size, local_rank=local_rank, local_size=local_size, machine=machine)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, the one that writes."""
+        return self.rank == 0
+
+    def meet(self) -> None:
+        """Find the store that all processes read and write.
+
+        Raises:
+            PeerLostError: it is not there.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        with self.watching():
+            store, _, _ = next(rendezvous("env://", self.rank, self.size))
+            self._store = PrefixStore("apt", store)
+
+    @contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """Inside this block the processes, which have met, can talk: over NCCL what lies on GPUs, over gloo everything
+        else.
+
+        Raises:
+            PeerLostError: they do not find each other.
+        """
+        if self.size == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        self._over_nccl = device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if self._over_nccl else "gloo"
+        with self.watching():
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    # What is computed together
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every process's `x`, the same on each; `x` itself where there is one process.
+
+        A plugin that counts something over the tokens of a step counts its process's own, and sums here. Every process
+        must come to this call, in the same order as to others.
+
+        Raises:
+            PeerLostError: another process is gone.
+        """
+        if self.size == 1:
+            return x
+        import torch.distributed as dist
+
+        total = x.detach().clone()
+        with self.watching():
+            dist.all_reduce(total)
+        return total
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of every process's `x`, in the same way."""
+        return x if self.size == 1 else self.sum(x) / self.size
+
+    def maximum(self, numbers: Sequence[int]) -> list[int]:
+        """The highest of each of some numbers over all processes."""
+        if self.size == 1:
+            return list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        highest = torch.tensor(numbers)
+        with self.watching():
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return [int(number) for number in highest]
+
+    def gather(self, message: Any) -> list[Any]:
+        """What every process says, in the order of their ranks: JSON-compatible values."""
+        if self.size == 1:
+            return [message]
+        import torch
+        import torch.distributed as dist
+
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        with self.watching():
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([len(data)]))
+            longest = max(int(length) for length in lengths)
+            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(texts, torch.nn.functional.pad(data, (0, longest - len(data))))
+        pairs = zip(texts, lengths, strict=True)
+        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in pairs]
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        self.maximum([0])
+
+    @contextmanager
+    def one_first(self, what: str) -> Iterator[None]:
+        """One process of each machine goes through this block; the others of the machine follow when it is through.
+
+        Args:
+            what: a name for the block; each is entered once.
+        """
+        if self.size == 1:
+            yield
+            return
+        key = f"{what} {self.machine}"
+        if self.local_rank:
+            with self.watching():
+                self._store.wait([key], LONG)
+        try:
+            yield
+        finally:
+            if not self.local_rank:
+                with suppress(RuntimeError):
+                    self._store.set(key, "")
+
+    # When one of them fails
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """What ends in this block with an error is not to be ended once more: where one process has left, a launcher
+        sends the others SIGTERM, and they may still have something to say."""
+        try:
+            yield
+        except BaseException:
+            if self.size > 1 and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """What the loss of another process raises inside this block comes out as PeerLostError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_loss(error):
+                raise
+            raise PeerLostError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from error
+
+    def first_failure(self, error: BaseException) -> str | None:
+        """Tell the others that this process fails, with what; returns what another one has said before, if `error` only
+        follows from that."""
+        if self._store is None:
+            return None
+        text = f"process {self.rank}: {type(error).__name__}: {error.message if isinstance(error, AptError) else error}"
+        with suppress(RuntimeError):
+            if self.is_first:
+                self._store.set("ending", "")
+            if not isinstance(error, PeerLostError):
+                said = self._store.compare_set("failure", "", text).decode()
+                return None if said == text else str(said)
+            expiry = time.monotonic() + PATIENCE
+            while time.monotonic() < expiry:
+                if self._store.check(["failure"]):
+                    return str(self._store.get("failure").decode())
+                time.sleep(0.05)
+        return None
+
+    def end_together(self) -> None:
+        """Hold a process that failed until process 0 has saved what can be saved: where one has left, a launcher gives
+        the others half a minute."""
+        if self._store is None:
+            return
+        with suppress(RuntimeError):
+            if self.is_first:
+                self._store.set("ended", "")
+            elif not self._over_nccl:
+                import torch.distributed as dist
+
+                if dist.group.WORLD is not None:
+                    dist.group.WORLD.abort()  # which the others notice
+                self._store.wait(["ending"], timedelta(seconds=2 * PATIENCE))
+                self._store.wait(["ended"], timedelta(minutes=10))
+
+    def _leave(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
