@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 
 from apt_plugin_moe.capacity import Assignment
+
+REFUSALS = ("overflow", "dropped")
+"""What is counted beside the demand: choices without room, and choices without an expert."""
 
 
 class Load:
@@ -45,8 +51,33 @@ class Load:
         """The share of the choices that no expert served."""
         return self._share("dropped")
 
+    def count(self, what: str) -> Tensor:
+        """0-d int64: one of `REFUSALS`."""
+        return self._counts.get(what, self.demand_E.new_zeros(()))
+
+    def replace(self, demand_E: Tensor, refusals: dict[str, Tensor]) -> None:
+        """Take these counts in place of one's own."""
+        self._counts = {"demand": demand_E, **refusals}
+
     def _count(self, what: str, count: Tensor) -> None:
         self._counts[what] = self._counts[what] + count if what in self._counts else count
 
     def _share(self, what: str) -> Tensor | float:
         return self._counts[what] / self.choices if what in self._counts else 0.0
+
+
+def add_up(loads: Sequence[Load], total: Callable[[Tensor], Tensor], processes: int) -> None:
+    """Make the counts of several layers those of all processes, which have seen as many tokens each.
+
+    Args:
+        loads: of the layers, in the same order in every process.
+        total: sums a tensor over the processes.
+        processes: how many there are.
+    """
+    counted = [load for load in loads if load]
+    if processes == 1 or not counted:
+        return
+    rows = [torch.cat([load.demand_E, *(load.count(what)[None] for what in REFUSALS)]) for load in counted]
+    for load, row in zip(counted, total(torch.stack(rows)).unbind(), strict=True):
+        load.replace(row[: -len(REFUSALS)], dict(zip(REFUSALS, row[-len(REFUSALS) :].unbind(), strict=True)))
+        load.choices *= processes

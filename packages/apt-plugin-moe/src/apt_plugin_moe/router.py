@@ -17,6 +17,7 @@ from apt.api import AptWarning
 from apt.core.providers.router import RouterProvider
 from apt_plugin_moe.config import MoEConfig
 from apt_plugin_moe.layer import MoEFFN
+from apt_plugin_moe.load import add_up
 from apt_plugin_moe.upcycling import draw_experts, upcycle
 
 
@@ -81,11 +82,15 @@ class MoERouter(RouterProvider):
         """Balance, and hand the load to the metrics as often as they are recorded."""
         if not self._layers or not self._layers[0].active:
             return
+        world = trainer.world
+        if self.config.bias_rate:
+            add_up([layer.step_load for layer in self._layers], world.sum, world.size)
         for layer in self._layers:
             layer.balance()
         done = step + 1
         last = done % trainer.steps_per_epoch == 0 or done == trainer.total_steps
         if last or done % trainer.config.training.log_every == 0:
+            add_up([layer.load for layer in self._layers], world.sum, world.size)
             trainer.extra_metrics |= self._metrics()
 
     def _follow(self, epoch: int, step: int, trainer: Any) -> None:
