@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from checkout import Apt
 from safetensors.torch import load_file
+from small_run import StopAt, register_for_one_test, small_config
 from torch import Tensor
 
-from apt.core.registry import registry
 from apt.core.runs import RunFolder
 from apt.evaluation.evaluate import evaluate_run
 from apt.training.metrics import read_metrics
@@ -31,43 +30,20 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     from apt_plugin_align import plugin as align
     from apt_plugin_moe import plugin as moe
 
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    for plugin in (moe, align):
-        plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, moe, align)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {
-            "d_model": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16, "dropout": 0.1,
-            "moe": {"enabled": True, "experts": 4, "jitter": 0.01, "bias_rate": 0.001}, "align_name": "bistate_default",
-        },
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "schedules": {
-            "enable_moe_at_epoch": 1, "enable_align_at_epoch": 2,
-            "route_temp": {"start": 1.5, "end": 0.8, "by": "epoch"},
-            "moe_capacity": {"start": 1.5, "end": 1.1, "by": "step"},
-        },
-        "training": {"max_epochs": 4, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }  # fmt: skip
-
-
-class StopAt:
-    """Asks the run to stop after so many steps, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, step: int) -> None:
-        if step + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
+    experts = {"enabled": True, "experts": 4, "jitter": 0.01, "bias_rate": 0.001}
+    schedules = {
+        "enable_moe_at_epoch": 1,
+        "enable_align_at_epoch": 2,
+        "route_temp": {"start": 1.5, "end": 0.8, "by": "epoch"},
+        "moe_capacity": {"start": 1.5, "end": 1.1, "by": "step"},
+    }
+    model = {"moe": experts, "align_name": "bistate_default"}
+    return small_config(tmp_path, model=model, schedules=schedules, training={"max_epochs": 4})
 
 
 def checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

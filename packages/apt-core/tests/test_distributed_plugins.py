@@ -9,10 +9,10 @@ import distributed_workers as workers
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import register_for_one_test
 from torch import Tensor
 
 from apt.checkpoint.store import CheckpointStore
-from apt.core.registry import registry
 from apt.core.runs import RunFolder
 from apt.training.metrics import read_metrics
 from apt.training.trainer import Trainer
@@ -29,10 +29,7 @@ MODULES = ("apt_plugin_moe.plugin", "apt_plugin_align.plugin")
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugins' providers, in the registry that scripts use, for the length of one test."""
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    for plugin in (moe, align):
-        plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, moe, align)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import StopAt, train
 from torch import Tensor
 
 from apt.cli.main import main
@@ -58,25 +58,6 @@ def config(tmp_path: Path) -> Config:
     config = config_of(tmp_path, write_pairs(tmp_path / "pairs.txt", words(45, 6, "abc", 0), reverse=True))
     config["model"]["dropout"] = 0.1
     return config
-
-
-def train(config: Config, *hooks: object, **options: Any) -> Trainer:
-    trainer = Trainer(config, quiet=True, **options)
-    for hook in hooks:
-        trainer.register_hook(hook)
-    trainer.train()
-    return trainer
-
-
-class StopAt:
-    """Asks the run to stop after so many steps, as Ctrl-C does."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, step: int) -> None:
-        if step + 1 == self.steps:
-            signal.raise_signal(signal.SIGINT)
 
 
 class Gradients:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fixture_types import MakeDistribution, RunApt
 from safetensors.torch import load_file
+from small_run import TEXT, small_config
 from torch import Tensor, nn
 
 from apt.checkpoint.store import CheckpointStore
@@ -29,21 +30,12 @@ from apt.training.trainer import Trainer
 
 Config = dict[str, Any]
 
-TEXT = "".join(f"{n} green bottles hanging on the wall\n" for n in range(24))
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """Two epochs of two steps."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"d_model": 16, "num_heads": 2, "num_layers": 1, "max_seq_len": 16},
-        "data": {"train_path": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_epochs": 2, "batch_size": 24, "log_every": 1, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }
+    training = {"max_epochs": 2, "batch_size": 24, "log_every": 1}
+    return small_config(tmp_path, model={"num_layers": 1}, training=training)
 
 
 def last_weights(run: RunFolder) -> dict[str, Tensor]:

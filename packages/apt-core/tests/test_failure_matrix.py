@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import pytest
 import torch
 from fixture_types import MakeDistribution, RunApt
 from safetensors.torch import load_file
+from small_run import StopAt, small_config
 from torch import Tensor
 
 from apt.checkpoint.store import CheckpointStore
@@ -35,7 +35,6 @@ from apt.training.trainer import Trainer
 
 Config = dict[str, Any]
 
-TEXT = "".join(f"{n} green bottles hanging on the wall\n" for n in range(24))
 BROKEN = "APT_TEST_BROKEN"
 """While the environment holds this, the broken hook is broken."""
 WORDS = "failed: ValueError: broken on purpose"
@@ -55,15 +54,8 @@ def config(tmp_path: Path) -> Config:
 
 def small(folder: Path) -> Config:
     """Two epochs of two steps, with dropout, so that the random state matters."""
-    (folder / "text.txt").write_text(TEXT)
-    return {
-        "name": "small",
-        "output_dir": str(folder / "runs"),
-        "model": {"d_model": 16, "num_heads": 2, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
-        "data": {"train_path": str(folder / "text.txt"), "cache_dir": str(folder / "cache")},
-        "training": {"max_epochs": 2, "batch_size": 24, "log_every": 1, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }
+    training = {"max_epochs": 2, "batch_size": 24, "log_every": 1}
+    return small_config(folder, model={"num_layers": 1}, training=training)
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +127,6 @@ class Case:
         if self.hook == "on_plugin_failed":
             trainer.register_hook(Provoker())
         return trainer
-
-
-class StopAt:
-    """Asks the run to stop after so many steps, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, step: int) -> None:
-        if step + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 class Provoker:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import small_config
 from torch import Tensor
 
 from apt.checkpoint.store import CheckpointStore
@@ -27,18 +28,13 @@ VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """A run of 12 steps, 6 an epoch, with a checkpoint after every third."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "plugins": [],
-        "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_epochs": 2, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
-        "checkpoint": {"every": 3, "keep_last": 99},
-        "hardware": {"device": "cpu"},
-    }
+    return small_config(
+        tmp_path,
+        plugins=[],
+        model={"d_model": 8, "num_heads": 1, "num_layers": 1},
+        training={"max_epochs": 2},
+        checkpoint={"every": 3, "keep_last": 99},
+    )
 
 
 class Poison:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import register_for_one_test
 from torch import Tensor, nn
 
 from apt.api import LoadedRun, RunFolder, load_run, save_run
@@ -59,8 +60,7 @@ class Heard(Halves):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The schemes, in the registry that scripts use, for the length of one test."""
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
+    register_for_one_test(monkeypatch)
     registry.register("quant", "halves", Halves)
     registry.register("quant", "heard", Heard)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from fixture_types import MakeDistribution
 from safetensors.torch import load_file
+from small_run import StopAt, small_config, train
 from torch import Tensor
 
 from apt import hookspecs
@@ -41,35 +41,7 @@ Config = dict[str, Any]
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """A run of 3 epochs of 6 steps, with dropout, so that the random state matters."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"d_model": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16, "dropout": 0.1},
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_epochs": 3, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }
-
-
-def train(config: Config, *hooks: object, **options: Any) -> Trainer:
-    trainer = Trainer(config, quiet=True, **options)
-    for hook in hooks:
-        trainer.register_hook(hook)
-    trainer.train()
-    return trainer
-
-
-class StopAt:
-    """Asks the run to stop after so many steps, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, step: int) -> None:
-        if step + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
+    return small_config(tmp_path)
 
 
 def interrupted_run(config: Config, step: int, *hooks: object) -> RunFolder:

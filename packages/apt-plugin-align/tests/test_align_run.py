@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from small_run import StopAt, register_for_one_test, small_config, train
 from torch import Tensor
 
 from apt.core.errors import AptWarning, ConfigError
@@ -29,28 +29,18 @@ SWITCH = 4
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin's providers, in the registry that scripts use, for the length of one test."""
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, plugin)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """2 epochs of 6 steps with dropout, alignment from step 4 on."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {
-            "d_model": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16, "dropout": 0.1,
-            "align_name": "bistate_default", "bistate": {"stable_lag": 0.2},
-        },
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "schedules": {"enable_align_at_step": SWITCH},
-        "training": {"max_epochs": 2, "batch_size": 8, "log_every": 1, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }  # fmt: skip
+    return small_config(
+        tmp_path,
+        model={"align_name": "bistate_default", "bistate": {"stable_lag": 0.2}},
+        schedules={"enable_align_at_step": SWITCH},
+        training={"max_epochs": 2, "log_every": 1},
+    )
 
 
 class Weights:
@@ -61,25 +51,6 @@ class Weights:
 
     def on_step_end(self, trainer: Any) -> None:
         self.after.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
-
-
-class StopAt:
-    """Asks the run to stop after so many steps, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, step: int) -> None:
-        if step + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
-
-
-def train(config: Config, *hooks: object, **options: Any) -> Trainer:
-    trainer = Trainer(config, quiet=True, **options)
-    for hook in hooks:
-        trainer.register_hook(hook)
-    trainer.train()
-    return trainer
 
 
 def records(trainer: Trainer) -> list[dict[str, Any]]:

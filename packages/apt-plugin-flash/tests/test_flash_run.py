@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import register_for_one_test
 
 from apt.api import AptError, AptWarning, FallbackWarning, ProviderError, Trainer
 from apt.cli.main import main
@@ -26,9 +27,7 @@ Config = dict[str, Any]
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin's attentions, in the registry that scripts use, for the length of one test."""
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, plugin)
     for variable in ("APT_PLUGINS", "APT_DISABLE_PLUGINS"):
         monkeypatch.delenv(variable, raising=False)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import register_for_one_test, small_config, train
 from torch import Tensor
 
 from apt.core.errors import AptWarning
-from apt.core.registry import registry
 from apt.core.runs import RunFolder
 from apt.evaluation.evaluate import evaluate, evaluate_run
 from apt.training.metrics import read_metrics
@@ -25,36 +25,14 @@ EXPERTS = 4
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin's router, in the registry that scripts use, for the length of one test."""
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, plugin)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """3 epochs of 6 steps, experts from epoch 1 on, at the shipped capacity."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {
-            "d_model": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16,
-            "moe": {"enabled": True, "experts": EXPERTS},
-        },
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "schedules": {"enable_moe_at_epoch": 1},
-        "training": {"max_epochs": 3, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }  # fmt: skip
-
-
-def train(config: Config, *hooks: object, **options: Any) -> Trainer:
-    trainer = Trainer(config, quiet=True, **options)
-    for hook in hooks:
-        trainer.register_hook(hook)
-    trainer.train()
-    return trainer
+    model = {"dropout": 0.0, "moe": {"enabled": True, "experts": EXPERTS}}
+    return small_config(tmp_path, model=model, schedules={"enable_moe_at_epoch": 1})
 
 
 def layers(trainer: Any) -> list[MoEFFN]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from export_samples import LLAMA, SIZES, export, import_, logits, make_run, quietly, some_tokens
 from safetensors.torch import load_file
+from small_run import register_for_one_test
 
 from apt.api import GPT, AptError, AptWarning, CheckpointError, ConfigError, ProviderError, RunFolder, load_run
 from apt.checkpoint.store import CheckpointStore
@@ -135,11 +136,8 @@ def test_the_part_that_cannot_be_traced_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     moe = pytest.importorskip("apt_plugin_moe.plugin", reason="experts are what cannot be traced")
-    from apt.api import registry
 
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    moe.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, moe)
     run = make_run(tmp_path / "run", LLAMA | {"moe": {"enabled": True, "experts": 3}})
     with pytest.raises(ProviderError, match=r"as torch-export: model\.router_name: topk_moe cannot be traced") as said:
         export(run.path, "--format", "torch-export", "--out", tmp_path / "out")

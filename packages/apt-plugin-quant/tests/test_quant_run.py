@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import register_for_one_test
 from torch import Tensor
 
 pytest.importorskip("torchao", reason="the schemes are torchao's")
@@ -52,8 +53,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(info.parent)
     for variable in ("APT_PLUGINS", "APT_DISABLE_PLUGINS"):
         monkeypatch.delenv(variable, raising=False)
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
+    register_for_one_test(monkeypatch)
     with registry.owned_by("quant", "apt-plugin-quant", "2.0.0a1"):
         plugin.apt_register_providers(registry)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from small_run import register_for_one_test
 
-from apt.core.registry import registry
 from apt_plugin_rag import plugin
 
 
@@ -47,9 +47,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: apt-plugin-rag\nVersion: 2.0.0a1\n")
     (info / "entry_points.txt").write_text("[apt.providers]\nrag = apt_plugin_rag.plugin\n")
     monkeypatch.syspath_prepend(site)
-    registry.list_providers()
-    monkeypatch.setattr(registry, "_claims", {key: list(claims) for key, claims in registry._claims.items()})
-    plugin.apt_register_providers(registry)
+    register_for_one_test(monkeypatch, plugin)
 
 
 @pytest.fixture
