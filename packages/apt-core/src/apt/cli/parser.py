@@ -12,6 +12,7 @@ from warnings import catch_warnings, simplefilter
 
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
+from apt.cli.values import checkpoint, number, whole_number
 from apt.core.catalogue import KINDS, how_to_have
 from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
@@ -157,7 +158,7 @@ def _profiles_plugins(command: str, chosen: argparse.Namespace, overrides: dict[
 
 def _train(parser: Parser) -> None:
     parser.add_argument("-p", "--profile", metavar="P", help="a profile's path, or the name of one that ships")
-    count = _whole_number(1)
+    count = whole_number(1)
     parser.add_argument("--epochs", type=count, metavar="N", help="short for --training.max_epochs N")
     parser.add_argument("--batch-size", type=count, metavar="N", help="short for --training.batch_size N")
     parser.add_argument("--run-dir", metavar="DIR", help="the run's folder; a new one under output_dir if left out")
@@ -192,10 +193,10 @@ def _generate(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help="prompts to continue, one a line; - reads standard input")
     parser.add_argument(
-        "--samples", type=_whole_number(1), default=1, metavar="N", help="continuations of each prompt (%(default)s)"
+        "--samples", type=whole_number(1), default=1, metavar="N", help="continuations of each prompt (%(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=_whole_number(1), default=16, metavar="N", help="texts side by side (%(default)s)"
+        "--batch-size", type=whole_number(1), default=16, metavar="N", help="texts side by side (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one text a line")
     _add_sampling(parser)
@@ -215,31 +216,31 @@ def _chat(parser: Parser) -> None:
 
 def _add_sampling(parser: Parser) -> None:
     parser.add_argument(
-        "--max-tokens", type=_whole_number(1), default=200, metavar="N", help="tokens to add (%(default)s)"
+        "--max-tokens", type=whole_number(1), default=200, metavar="N", help="tokens to add (%(default)s)"
     )
     parser.add_argument(
         "--temperature",
-        type=_number,
+        type=number,
         default=1.0,
         metavar="T",
         help="below 1 is tamer, above 1 wilder, 0 the likeliest (%(default)s)",
     )
-    parser.add_argument("--top-k", type=_whole_number(1), metavar="K", help="choose among the K likeliest tokens alone")
+    parser.add_argument("--top-k", type=whole_number(1), metavar="K", help="choose among the K likeliest tokens alone")
     parser.add_argument(
-        "--top-p", type=_number, metavar="P", help="choose among the likeliest tokens that make up P of 1"
+        "--top-p", type=number, metavar="P", help="choose among the likeliest tokens that make up P of 1"
     )
     parser.add_argument(
-        "--min-p", type=_number, metavar="P", help="choose among the tokens at least P times as likely as the likeliest"
+        "--min-p", type=number, metavar="P", help="choose among the tokens at least P times as likely as the likeliest"
     )
     parser.add_argument(
-        "--repetition-penalty", type=_number, default=1.0, metavar="R",
+        "--repetition-penalty", type=number, default=1.0, metavar="R",
         help="above 1 makes tokens that are in the text less likely (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
         help="end before this text, in which \\n is a line's end; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes the text repeatable")
+    parser.add_argument("--seed", type=whole_number(0), metavar="N", help="makes the text repeatable")
     _add_voter(parser, "keep the best of several continuations: entropy or self_consistency; see --model.voting.k")
     _add_selection(parser)
 
@@ -251,7 +252,7 @@ def _add_voter(parser: Parser, what: str) -> None:
 def _eval(parser: Parser) -> None:
     _add_run(parser)
     parser.add_argument(
-        "--batches", type=_whole_number(1), metavar="N", help="stop after N batches; all are measured if left out"
+        "--batches", type=whole_number(1), metavar="N", help="stop after N batches; all are measured if left out"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_voter(parser, "answer the questions of --data.answers_path by this voter too; the profile's if left out")
@@ -308,7 +309,7 @@ def _inspect(parser: Parser) -> None:
         "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
     )
     parser.add_argument(
-        "--checkpoint", type=_checkpoint, metavar="C", help="whose tensors to list: best, last, or the steps behind it"
+        "--checkpoint", type=checkpoint, metavar="C", help="whose tensors to list: best, last, or the steps behind it"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run_command="apt.cli.inspect:run_inspect_command")
@@ -364,7 +365,7 @@ def _add_run(parser: Parser) -> None:
     )
     parser.add_argument(
         "--checkpoint",
-        type=_checkpoint,
+        type=checkpoint,
         metavar="C",
         help="best, last, or the steps behind it, as in step-00000300 (last)",
     )
@@ -385,38 +386,6 @@ def _add_selection(parser: Parser) -> None:
     group.add_argument(
         "--strict", action="store_true", help="make an error of everything that would fall back or be passed over"
     )
-
-
-# Values
-
-
-def _whole_number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, got {text!r}")
-        return number
-
-    return parse
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-
-
-def _checkpoint(text: str) -> str | int:
-    if text in ("best", "last"):
-        return text
-    number = text.removeprefix("step-")
-    if number.isascii() and number.isdigit():
-        return int(number)
-    raise argparse.ArgumentTypeError(f"expected best, last or a step, got {text!r}")
 
 
 def _keys_of_the_profile() -> dict[str, str]:

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,28 @@ def some_blocked(subject: AttentionSubject) -> Tensor:
 def as_float(blocked: Tensor, dtype: torch.dtype) -> Tensor:
     """The float mask that says the same: 0 where seen, -inf where blocked."""
     return torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill(blocked, -math.inf)
+
+
+def position_3_sees_nothing(subject: AttentionSubject) -> Tensor:
+    """bool [T, T]: every key of position 3 is blocked, and no other."""
+    blind_TS = torch.zeros(T, T, dtype=torch.bool, device=subject.device)
+    blind_TS[3] = True
+    return blind_TS
+
+
+def rows_that_see_nothing(subject: AttentionSubject) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """What leaves some rows no key: in words, as arguments of the layer, and the outputs that it does not touch."""
+    blind = position_3_sees_nothing(subject)
+    padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
+    padding[0] = True
+    late = torch.zeros_like(padding)
+    late[1, 2:] = True
+    others = (slice(None), [t for t in range(T) if t != 3])
+    yield "a boolean attn_mask", {"attn_mask": blind}, others
+    yield "a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}, others
+    yield "padding", {"key_padding_mask": padding}, (1, slice(None))
+    # A layer with a window of its own may see nothing but padding from the last positions.
+    yield "padding and what the layer itself hides", {"key_padding_mask": late}, (1, slice(2))
 
 
 @check("attention")
@@ -144,27 +167,14 @@ def rows_that_see_nothing_are_finite(subject: AttentionSubject) -> None:
     that no key has reached, and disturbs no other: a softmax over nothing is NaN, and one NaN ends a run."""
     layer, x_BTD = subject.layer(), subject.x()
     advice = "a softmax over a row of -inf is NaN: show such rows everything, and set their output to zero afterwards"
-    blind = torch.zeros(T, T, dtype=torch.bool, device=subject.device)
-    blind[3] = True
-    padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
-    padding[0] = True
-    late = torch.zeros_like(padding)
-    late[1, 2:] = True
     plain = subject.forward(layer, x_BTD)
-    others = [t for t in range(T) if t != 3]
-    cases: tuple[tuple[str, dict[str, Any], Any], ...] = (
-        ("a boolean attn_mask", {"attn_mask": blind}, (slice(None), others)),
-        ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}, (slice(None), others)),
-        ("padding", {"key_padding_mask": padding}, (1, slice(None))),
-        # A layer with a window of its own may see nothing but padding from the last positions.
-        ("padding and what the layer itself hides", {"key_padding_mask": late}, (1, slice(2))),
-    )
-    for what, masks, untouched in cases:
+    for what, masks, untouched in rows_that_see_nothing(subject):
         out = subject.attend(layer, x_BTD, **masks)[0]
         require_finite(out, f"with every key blocked by {what}, the output", advice)
         require_equal(
             out[untouched], plain[untouched], f"beside rows that see nothing under {what}, the others", advice
         )
+    blind = position_3_sees_nothing(subject)
     first = subject.attend(layer, x_BTD, attn_mask=blind)[0][:, 3]
     other = subject.attend(layer, subject.perturbed(x_BTD, slice(None), slice(0, 3)), attn_mask=blind)[0][:, 3]
     require_equal(other, first, "with other content in keys that are all blocked, the output", advice)
@@ -175,19 +185,7 @@ def rows_that_see_nothing_have_finite_gradients(subject: AttentionSubject) -> No
     """The backward pass through rows that see nothing is finite too: a NaN that the forward pass covers up comes back
     as 0 x NaN in the gradients."""
     advice = "cover the scores before the softmax and not its result after it: torch.where passes NaN back"
-    blind = torch.zeros(T, T, dtype=torch.bool, device=subject.device)
-    blind[3] = True
-    padding = torch.zeros(B, T, dtype=torch.bool, device=subject.device)
-    padding[0] = True
-    late = torch.zeros_like(padding)
-    late[1, 2:] = True
-    cases: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("a boolean attn_mask", {"attn_mask": blind}),
-        ("a float attn_mask", {"attn_mask": as_float(blind, subject.dtype)}),
-        ("padding", {"key_padding_mask": padding}),
-        ("padding and what the layer itself hides", {"key_padding_mask": late}),
-    )
-    for what, masks in cases:
+    for what, masks, _untouched in rows_that_see_nothing(subject):
         layer, x_BTD = subject.layer(training=True), subject.x(grad=True)
         subject.attend(layer, x_BTD, **masks)[0].sum().backward()
         for name, tensor in [("the input", x_BTD), *layer.named_parameters()]:
