@@ -122,6 +122,9 @@ class DataConfig(OpenSection):
     """String that ends an answer; none if empty."""
     document_mask: bool = False
     """Whether attention keeps the documents that share a block apart."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
+    """Threads that make the next batches while a step computes, for a text that does not fit into memory; 0 for none.
+    The batches are the same for any number."""
     cache_dir: str | None = None
     """Where tokens are cached; the user's cache folder if left out."""
 

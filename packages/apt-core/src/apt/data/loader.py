@@ -5,7 +5,7 @@ Where a run is in its data is two numbers, the epoch and the index of the batch:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apt.core.errors import DataError
+from apt.data.ahead import made_ahead
 from apt.data.token_store import Tokens
 
 NO_TARGET = -100
@@ -90,9 +91,9 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches per epoch, the same for every epoch."""
 
-    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Generator[Batch]:
         """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`; of each the
-        rows of one share."""
+        rows of one share. Leaving a loop over them closes them."""
 
     def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
         """All there is, in order, in batches of at most so many rows; at most `limit` of them, and one share of
@@ -111,6 +112,7 @@ class TokenLoader:
         batch_size: rows N per batch: all that one optimizer step takes.
         seed: with the epoch, decides offset and order; the global generators are not touched.
         document_mask: whether batches carry document ids and positions.
+        workers: threads that make batches ahead of an epoch's reader.
         name: of the text, for messages.
 
     Raises:
@@ -125,6 +127,7 @@ class TokenLoader:
         *,
         seed: int = 0,
         document_mask: bool = False,
+        workers: int = 0,
         name: str = "the text",
     ) -> None:
         if len(tokens) <= block_size:
@@ -137,6 +140,7 @@ class TokenLoader:
         self.batch_size = batch_size
         self._seed = seed
         self._document_mask = document_mask
+        self._workers = workers
         # Row i is ids[i : i + T + 1]: a batch is one fancy index into this view.
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens.ids, block_size + 1)
         # However the offset falls, an epoch has the same number of blocks. They leave room for every offset within a
@@ -159,7 +163,7 @@ class TokenLoader:
         """Batches per epoch, the same for every epoch."""
         return self._blocks // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Generator[Batch]:
         """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`.
 
         Args:
@@ -169,9 +173,12 @@ class TokenLoader:
         rows = self.batch_size // parts
         assert rows * parts == self.batch_size
         starts = self._starts(epoch)
-        for index in range(start, len(self)):
+
+        def batch(index: int) -> Batch:
             first = index * self.batch_size + part * rows
-            yield self._batch(starts[first : first + rows])
+            return self._batch(starts[first : first + rows])
+
+        return made_ahead(batch, range(start, len(self)), self._workers)
 
     def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
         """The text in order, so that each token but the very first is predicted exactly once.

@@ -6,7 +6,7 @@ Pairs are kept as other tokens are, one document for a source and one for its ta
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ import torch
 from apt.core.config import Section
 from apt.core.errors import AptWarning, DataError
 from apt.core.providers.dataset import Piece
+from apt.data.ahead import made_ahead
 from apt.data.loader import NO_TARGET, Batch, Indices, Share
 from apt.data.readers import Stat, checked, decoded_lines, jsonl_texts, read_with
 from apt.data.sources import FilesDataset
@@ -93,6 +94,7 @@ class PairLoader:
         batch_size: pairs N per batch: all that one optimizer step takes.
         eos_id: the token that ends documents.
         seed: with the epoch, decides the order; the global generators are not touched.
+        workers: threads that make batches ahead of an epoch's reader.
         name: of the pairs, for messages.
 
     Raises:
@@ -107,9 +109,10 @@ class PairLoader:
         *,
         eos_id: int,
         seed: int = 0,
+        workers: int = 0,
         name: str = "the pairs",
     ) -> None:
-        self.block_size, self.batch_size = max_length, batch_size
+        self.block_size, self.batch_size, self._workers = max_length, batch_size, workers
         self._ids, self._eos_id, self._seed = tokens.ids, eos_id, seed
         starts_P2, lengths_P2 = _spans(tokens)
         longest_P = np.maximum(lengths_P2[:, 0], lengths_P2[:, 1] + 1)
@@ -148,15 +151,19 @@ class PairLoader:
         """Batches per epoch, the same for every epoch."""
         return self.pairs // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, share: Share = (0, 1)) -> Generator[Batch]:
         """The batches of one epoch from index `start` on: the same ones that follow it in `epoch(epoch)`.
 
         Args:
             share: (i, n): of each batch the i-th of n equal parts of its rows. N must be a multiple of n.
         """
         part, parts = share
-        for rows_N in self._order(epoch)[start:]:
-            yield self._batch(rows_N.reshape(parts, -1)[part])
+        order = self._order(epoch)
+
+        def batch(index: int) -> Batch:
+            return self._batch(order[index].reshape(parts, -1)[part])
+
+        return made_ahead(batch, range(start, len(self)), self._workers)
 
     def eval_batches(self, batch_size: int, limit: int | None = None, share: Share = (0, 1)) -> Iterator[Batch]:
         """The pairs in order, so that each token of a target is predicted exactly once; the last batch may be smaller.

@@ -202,6 +202,7 @@ def _load_text(
             _rows_per_step(config),
             seed=config.training.seed,
             document_mask=config.data.document_mask,
+            workers=config.data.workers,
             name=name,
         )
         for tokens, name in zip(streams, names, strict=True)
@@ -239,6 +240,7 @@ def _load_pairs(
             _rows_per_step(config),
             eos_id=eos_id,
             seed=config.training.seed,
+            workers=config.data.workers,
             name=name,
         )
         for tokens, name in zip(streams, names, strict=True)
