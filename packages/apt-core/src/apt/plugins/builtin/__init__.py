@@ -1,0 +1,1 @@
+"""The plugins of the draft that needed no other library."""

@@ -1,0 +1,1 @@
+"""Attention by flash-attn, as of the draft."""
