@@ -18,6 +18,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     What a process has to say it says itself. Said here is what no process can say: that one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
+    # Without a name server torch warns, in every process, that it cannot look up the name of this machine.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
