@@ -1,0 +1,1 @@
+"""Configuration, as 1.x had it."""

@@ -1,0 +1,1 @@
+"""Writing text, as 1.x did."""

@@ -1,0 +1,1 @@
+"""Talking with a model, as 1.x did."""

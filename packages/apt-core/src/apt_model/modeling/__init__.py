@@ -1,0 +1,1 @@
+"""Models, as 1.x had them."""

@@ -1,0 +1,1 @@
+"""Training and saving, as 1.x had them."""
