@@ -26,12 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         if system_apt.is_meant_for_it(arguments):
             # First of all, and with next to nothing imported.
             system_apt.pass_on(arguments)
-        with _leaving_on_interrupt():
-            code = _run([argument for argument in arguments if argument != "--debug"])
+        with _leaving_on_interrupt(), warnings_in_one_line():
+            return _run([argument for argument in arguments if argument != "--debug"])
+
+    return report(command, debug="--debug" in arguments)
+
+
+def report(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Run what a command line asks for; returns its exit code, or what `main` returns where it fails.
+
+    Args:
+        debug: show the traceback of an error.
+    """
+    try:
+        code = command()
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -41,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if "--debug" in arguments:
+        if debug:
             import traceback
 
             traceback.print_exc()
-        return _report(error)
+        return _tell(error)
 
 
 @contextmanager
@@ -72,32 +85,26 @@ def _leaving_on_interrupt() -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
-    import warnings
-
     from apt.cli.overview import answer
-    from apt.core.errors import AptWarning
 
     with suppress(AttributeError):  # a stand-in for standard output may lack it
         # A letter that the terminal's encoding lacks must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.simplefilter("always" if _is_first() else "ignore", AptWarning)
-        warnings.showwarning = _one_line_each(warnings.showwarning)
-        if (text := answer(arguments)) is not None:
-            print(text)
-            return 0
-        from apt.cli.parser import parse_arguments
+    if (text := answer(arguments)) is not None:
+        print(text)
+        return 0
+    from apt.cli.parser import parse_arguments
 
-        try:
-            args = parse_arguments(arguments)
-            run = args.run_command
-            if isinstance(run, str):
-                run = _load(run)
-            return int(run(args))
-        except SystemExit as ended:  # the help of a command has been shown, or a plugin ended its own
-            if isinstance(ended.code, str):
-                print(ended.code, file=sys.stderr)
-            return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    try:
+        args = parse_arguments(arguments)
+        run = args.run_command
+        if isinstance(run, str):
+            run = _load(run)
+        return int(run(args))
+    except SystemExit as ended:  # the help of a command has been shown, or a plugin ended its own
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
 
 def _load(path: str) -> Any:
@@ -105,6 +112,19 @@ def _load(path: str) -> Any:
 
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Inside this block our warnings are shown, in one line each."""
+    import warnings
+
+    from apt.core.errors import AptWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always" if _is_first() else "ignore", AptWarning)
+        warnings.showwarning = _one_line_each(warnings.showwarning)
+        yield
 
 
 def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
@@ -123,7 +143,7 @@ def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def _report(error: Exception) -> int:
+def _tell(error: Exception) -> int:
     """Say what went wrong and how to mend it; returns the exit code."""
     from apt.core.errors import AptError
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from apt.core.errors import DataError, did_you_mean
 from apt.core.providers.dataset import Piece
+
+T = TypeVar("T")
 
 PIECE_BYTES = 1 << 20
 """The tokens that `bpe` makes depend on where pieces are cut: another size is another version of the readers."""
@@ -56,8 +58,8 @@ def read_file(path: Path, text_field: str, expected: Stat | None = None) -> Iter
 
 
 def read_with(
-    reader: Callable[[Path, BufferedReader], Iterator[Piece]], path: Path, expected: Stat | None = None
-) -> Iterator[Piece]:
+    reader: Callable[[Path, BufferedReader], Iterator[T]], path: Path, expected: Stat | None = None
+) -> Iterator[T]:
     """What `reader` makes of one file, which is watched as `read_file` does. Raises likewise."""
     with _opened(path, expected) as (file, _):
         yield from reader(path, file)

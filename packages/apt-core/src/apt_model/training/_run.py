@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoint.durable import cannot_write
 from apt.core.errors import AptWarning, DataError
-from apt.core.profiles import dump_yaml
+from apt.core.profiles import dump_yaml, resolve
 from apt.data.readers import decoded_lines, read_with
 from apt_model._tokenizer import kernel_tokenizer
 from apt_model.config._options import APTConfig, say_once
@@ -66,44 +67,53 @@ def prepare(
         The profile's path, and what is to be given beside it: {dotted key: value}.
 
     Raises:
-        ConfigError: a run cannot keep the tokenizer.
+        ConfigError: a run cannot keep the tokenizer, or the profile cannot be used.
+        CheckpointError: the folder cannot be written.
         DataError: there are no texts, or they cannot be read.
     """
     kept = None if tokenizer is None else kernel_tokenizer(tokenizer)
-    lines, read_from = _lines(texts, limit)
-    make_way(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    data: dict[str, Any] = {"train_path": str(read_from), "val_fraction": HELD_OUT}
-    if read_from is None or limit is not None:
-        suffix = ".jsonl" if read_from is None else read_from.suffix
-        copy = folder.resolve() / f"texts{suffix}"
-        copy.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        data["train_path"] = str(copy)
-    if data["train_path"].endswith(".jsonl") and '"source"' not in lines[0]:
-        data["pairs"] = OWN_TARGET
-    if kept is not None:
-        data["tokenizer"] = str(folder.resolve() / "tokenizer.json")
-        kept.save(Path(data["tokenizer"]))
-    else:
-        data["tokenizer"] = _named(tokenizer_type)
-    profile = config.to_profile()
-    profile["model"]["vocab_size"] = None  # the tokenizer's
+    lines, path = _lines(texts, limit)
+    here, copy = folder.resolve(), None
+    if path is None or limit is not None or path.resolve().is_relative_to(here):
+        path = copy = here / f"texts{'.jsonl' if path is None else path.suffix}"
     learnt = max(int(len(lines) * (1 - HELD_OUT)), 1)
     if learnt < batch_size:
         warnings.warn(f"{learnt} texts are learnt from: batches have {learnt} and not {batch_size}", AptWarning, 3)
-    batch_size = min(batch_size, learnt)
+        batch_size = learnt
+    profile = {"name": "apt_model", **config.to_profile()}
+    profile["model"]["vocab_size"] = None  # the tokenizer's
     # A tenth of the steps, as 1.x warmed up, or fewer where the options say so.
-    profile["training"]["warmup_steps"] = min(config.warmup_steps, epochs * (learnt // batch_size) // 10)
-    path = folder / PROFILE
-    path.write_text(dump_yaml({"name": "apt_model", **profile, "data": data}), encoding="utf-8")
+    steps = epochs * learnt // max(batch_size, 1)
+    profile["training"]["warmup_steps"] = max(min(config.warmup_steps, steps // 10), 0)
+    profile["data"] = {
+        "train_path": str(path),
+        "val_fraction": HELD_OUT,
+        "tokenizer": _named(tokenizer_type) if kept is None else str(here / "tokenizer.json"),
+    }
+    if path.suffix.lower() == ".jsonl" and '"source"' not in lines[0]:
+        profile["data"]["pairs"] = OWN_TARGET
     asked = {"max_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    return path, {f"training.{key}": value for key, value in asked.items()}
+    overrides = {f"training.{key}": value for key, value in asked.items()}
+    resolve(profile, overrides)  # what is wrong with it is said before anything is touched
+    make_way(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if copy is not None:
+            copy.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if kept is not None:
+            kept.save(here / "tokenizer.json")
+        (folder / PROFILE).write_text(dump_yaml(profile), encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(error, folder, 0) from error
+    return folder / PROFILE, overrides
 
 
 def _lines(texts: Sequence[str] | Path | None, limit: int | None) -> tuple[list[str], Path | None]:
     """The lines that a file of pairs has, or should have, and the file if it is one."""
     if texts is None:
         texts = TRAIN_FILE
+    if isinstance(texts, Path) and not texts.is_file():
+        raise DataError(f"there is no file {texts} of texts to train on", hint="give texts, or name a file of them")
     if not isinstance(texts, Path):
         found, path = [text for text in texts if text.strip()], None
     elif texts.suffix.lower() not in SUFFIXES:
@@ -111,10 +121,7 @@ def _lines(texts: Sequence[str] | Path | None, limit: int | None) -> tuple[list[
             f"{texts}: read are {', '.join(SUFFIXES)}", hint='write {"text": "..."} in each line of a .jsonl file'
         )
     else:
-        try:
-            found = [line.rstrip("\r\n") for _, line in read_with(decoded_lines, texts)]
-        except OSError as error:
-            raise DataError(f"{texts} cannot be read: {error.strerror}", hint="name a file of texts") from None
+        found = [line.rstrip("\r\n") for _, line in read_with(decoded_lines, texts)]
         path = texts if texts.suffix.lower() == ".jsonl" or any("\t" in line for line in found[:1]) else None
     found = list(islice(found, limit))
     if not found:

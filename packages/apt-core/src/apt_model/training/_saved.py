@@ -53,7 +53,7 @@ def save_model(model: APTModel, tokenizer: Any, path: str | Path, config: APTCon
 
 
 def load_model(path: str | Path, device: Any = None) -> tuple[APTLargeModel, OldTokenizer, APTConfig]:
-    """Open a run of an encoder-decoder, whether it comes from here or from `apt train`; the model is in evaluation mode.
+    """Open a run of an encoder-decoder, from here or from `apt train`; the model is in evaluation mode.
 
     Args:
         device: as `hardware.device`, or a `torch.device`; the best there is if left out.
