@@ -51,6 +51,18 @@ def test_clean_removes_what_was_unused_longest_until_it_fits(root: Path) -> None
     assert cache.clean() == 10 and cache.size() == 0
 
 
+def test_one_cache_or_another_root_is_sized_and_cleaned_alone(root: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    kept = [_put(cache.cache_dir("others"), "a", 10, 0), _put(cache.cache_dir("tokens", elsewhere), "b", 20, 0)]
+    gone = _put(cache.cache_dir("tokens"), "c", 5, 0)
+    (root / "not_ours").mkdir()
+    assert cache.names() == ["others", "tokens"] and cache.names(elsewhere) == ["tokens"]
+    assert [cache.size(), cache.size("tokens"), cache.size("none"), cache.size(root=elsewhere)] == [15, 5, 0, 20]
+    assert cache.clean("tokens") == 5
+    assert not gone.exists() and all(path.exists() for path in kept)
+    assert cache.clean(root=elsewhere, max_bytes=0) == 20 and kept[0].exists()
+
+
 def test_clean_touches_nothing_that_the_cache_did_not_make(root: Path) -> None:
     (root / "mine").mkdir(parents=True)
     thesis, loose = root / "mine" / "thesis.txt", root / "loose.txt"

@@ -1,9 +1,12 @@
-"""`apt profile`, `apt doctor`, and what scripts may call."""
+"""`apt profile`, `apt doctor`, `apt cache`, and what scripts may call."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from fixture_types import MakeDistribution, RunApt
 
 from apt.cli import doctor
 from apt.cli.commands import load_profile
+from apt.core.cache import cache_dir
 from apt.core.catalogue import PROVIDERS
 from apt.core.config import RunConfig
 from apt.core.errors import ConfigError
@@ -89,7 +93,9 @@ def test_doctor_shows_what_there_is(run_apt: RunApt, small_home: Path, monkeypat
     assert facts["system's apt"].strip() == "/somewhere/apt"
     versions = dict(line.split() for line in section(result.out, "Versions") if "not installed" not in line)
     assert versions.keys() >= {"apt-core", "torch", "pydantic"}
-    assert any(line.split()[0] == "cpu" for line in section(result.out, "Hardware"))
+    hardware = dict(line.strip().split("  ", 1) for line in section(result.out, "Hardware"))
+    assert hardware["cpu"] and re.search(r"[\d.]+ GiB, [\d.]+ GiB of them free", hardware["memory"])
+    assert re.search(r"[\d.]+ B parameters in training \(16 bytes each\)", hardware["room for"])
     assert any(line.split()[:2] == ["builtin", "ok"] for line in section(result.out, "Plugins"))
     absent = "\n".join(section(result.out, "Not here, and how to get it"))
     present = run_apt("plugin-list").out
@@ -145,3 +151,34 @@ def test_doctor_warns_of_the_systems_own_python(
     assert doctor.is_system_python()
     monkeypatch.setattr(sys, "prefix", "/home/me/.venv")
     assert not doctor.is_system_python()
+
+
+# cache
+
+
+def test_cache_shows_and_cleans_what_there_is(run_apt: RunApt, small_home: Path) -> None:
+    assert run_apt("cache").out == f"{small_home}: 0 bytes\n"
+    old, new = cache_dir("tokens") / "old", cache_dir("tokenizers") / "new"
+    old.write_bytes(bytes(3000))
+    new.write_bytes(bytes(20))
+    os.utime(old, (time.time() - 3 * 86400,) * 2)
+    assert run_apt("cache").out == f"{small_home}: 3.0 kB\n  tokenizers  20 bytes\n  tokens      3.0 kB\n"
+    done = run_apt("cache", "--clean", "--older-than", "2.5")
+    assert done.out == f"Removed 3.0 kB from {small_home}; 20 bytes are left\n" and new.exists()
+    assert run_apt("cache", "--clean", "--at-most", "0.1").out.startswith("Removed 0 bytes")
+    assert run_apt("cache", "--clean").out.endswith("; 0 bytes are left\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--older-than", "3"], "--older-than goes with --clean\n  fix: apt cache --clean --older-than 3"),
+        (["--clean", "--at-most", "-1"], "--at-most is a number from 0 on, got -1"),
+        (["--clean", "--at-most", "nan"], "--at-most is a number from 0 on, got nan"),
+        (["--clean", "--at-most", "1GB"], "--at-most: expected a number, got '1GB'\n  fix: see apt cache --help"),
+        (["clean"], "one argument too many: 'clean'\n  fix: see apt cache --help"),
+    ],
+)
+def test_cache_is_told_what_to_remove(run_apt: RunApt, arguments: list[str], said: str) -> None:
+    result = run_apt("cache", *arguments)
+    assert (result.code, result.out, result.err) == (2, "", f"error: apt cache: {said}\n")

@@ -16,14 +16,14 @@ from torch import nn
 
 from apt.core import device as device_module
 from apt.core.config import RunConfig
-from apt.core.device import _cgroup_limits, memory_of
+from apt.core.device import Need, _cgroup_limits, memory_of
 from apt.core.errors import DeviceError
 from apt.core.providers.ffn import FFNProvider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
 from apt.modeling.compose import ModelBuilder
 from apt.training import memory as memory_module
-from apt.training.memory import Need, check_memory, need_of
+from apt.training.memory import check_memory, need_of
 from apt.training.optim import build_optimizer
 from apt.training.trainer import Trainer
 
@@ -51,7 +51,8 @@ def test_the_estimate_is_what_a_model_its_gradients_and_its_moments_hold(model: 
     held = [*built.parameters(), *(p.grad for p in built.parameters()), *built.buffers()]
     for state in optimizer.state.values():
         held += [state["exp_avg"], state["exp_avg_sq"]]
-    expected = Need(built.num_params(), sum(tensor.nbytes for tensor in held if tensor is not None))
+    weights = sum(tensor.nbytes for tensor in (*built.parameters(), *built.buffers()))
+    expected = Need(built.num_params(), weights, sum(tensor.nbytes for tensor in held if tensor is not None))
     assert need_of(config(**model), registry, 50) == expected
 
 

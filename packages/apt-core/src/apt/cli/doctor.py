@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from apt.cli.commands import look_at_plugins, plugin_lines
-from apt.cli.screen import columns, heading
+from apt.cli.screen import columns, heading, in_bytes
 from apt.cli.system_apt import find_system_apt
 from apt.core.catalogue import DEFAULTS, PROVIDERS, how_to_install
 from apt.core.errors import AptError, AptWarning
@@ -64,7 +64,7 @@ def _system() -> list[tuple[str, str]]:
     return [
         ("python", f"{platform.python_version()}, {sys.executable} ({kind})"),
         ("platform", platform.platform()),
-        ("cache", f"{cache.cache_root()} ({size / 1e6:.1f} MB)" if size else f"{cache.cache_root()} (empty)"),
+        ("cache", f"{cache.cache_root()} ({in_bytes(size) if size else 'empty'})"),
         ("system's apt", find_system_apt() or "none"),
     ]
 
@@ -84,17 +84,20 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _hardware() -> list[tuple[str, str]]:
-    from apt.core.device import BF16_MIN_WIDTH, describe_hardware, pick_device
+    from apt.core.device import BF16_MIN_WIDTH, TENSORS_PER_WEIGHT, describe_hardware, memory_of, pick_device
 
-    machine = describe_hardware()
+    machine, device = describe_hardware(), pick_device()
+    bytes_each = 4 * TENSORS_PER_WEIGHT
+    most = (memory_of(device) or 0) / bytes_each
     bf16 = f"yes; mixed_precision: auto uses it from d_model {BF16_MIN_WIDTH} on" if machine.cpu_bf16 else "no"
     gpus = [("gpu", f"{name}, {memory / 2**30:.1f} GiB") for name, memory in machine.gpus] or [("gpu", "none")]
     return [
         ("cpu", f"{machine.cpu}, {machine.cores} cores for this process"),
         ("cpu's bf16", bf16),
-        ("memory", f"{machine.memory / 2**30:.1f} GiB"),
+        ("memory", f"{machine.memory / 2**30:.1f} GiB, {machine.free / 2**30:.1f} GiB of them free"),
         *gpus,
-        ("device: auto", str(pick_device())),
+        ("device: auto", str(device)),
+        ("room for", f"{most / 1e9:.2f} B parameters in training ({bytes_each} bytes each), before any activation"),
     ]
 
 

@@ -10,11 +10,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apt.cli.screen import columns, heading
+from apt.cli.screen import columns, heading, in_bytes
 from apt.core.errors import AptError, CheckpointError
 from apt.core.runs import RunFolder, find_run
-
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def run_inspect_command(args: Namespace) -> int:
@@ -183,7 +181,7 @@ def _checkpoint_lines(checkpoints: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append(
             (
                 f"step-{checkpoint['step']:08d}",
-                _size(checkpoint["bytes"]),
+                in_bytes(checkpoint["bytes"]),
                 f"val_loss {loss:.4f}" if loss is not None else "",
                 "best" if checkpoint["best"] else "",
                 "whole" if checkpoint["whole"] else f"not whole: {checkpoint['problem']}",
@@ -232,10 +230,3 @@ def _product(shape: Sequence[int]) -> int:
     import math
 
     return math.prod(shape)
-
-
-def _size(count: int) -> str:
-    for unit, name in UNITS:
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"

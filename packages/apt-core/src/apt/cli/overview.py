@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "show what a run is made of and what it has saved, without its plugins",
     "plugin-check": "check that a provider keeps the contract of its kind",
     "plugin-new": "write a plugin of your own, to start from",
+    "cache": "show how large the caches are, or clean them",
     "doctor": "show hardware and versions, and what would fall back and why",
 }
 """Core's own commands, and a line about each."""

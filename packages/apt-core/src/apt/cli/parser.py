@@ -339,6 +339,13 @@ def _plugin_new(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.scaffold:run_plugin_new_command")
 
 
+def _cache(parser: Parser) -> None:
+    parser.add_argument("--clean", action="store_true", help="remove what is cached; it can all be made again")
+    parser.add_argument("--older-than", type=_number, metavar="DAYS", help="what has not been used for so many, alone")
+    parser.add_argument("--at-most", type=_number, metavar="GB", help="what was used last stays, as much as fits")
+    parser.set_defaults(run_command="apt.cli.cache:run_cache_command")
+
+
 def _doctor(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.doctor:run_doctor_command")
 
@@ -355,6 +362,7 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "inspect": _inspect,
     "plugin-check": _plugin_check,
     "plugin-new": _plugin_new,
+    "cache": _cache,
     "doctor": _doctor,
 }
 

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
 
 def heading(text: str) -> str:
     """`text`, bold where standard output is a terminal that shows colour."""
@@ -20,3 +22,11 @@ def columns(rows: Sequence[Sequence[str]], indent: int = 2) -> list[str]:
         (" " * indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
         for row in rows
     ]
+
+
+def in_bytes(count: int) -> str:
+    """1234567 as "1.2 MB"."""
+    for unit, name in UNITS:
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"

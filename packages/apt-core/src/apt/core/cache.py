@@ -55,15 +55,27 @@ def cache_dir(name: str, root: Path | None = None) -> Path:
         return stand_in
 
 
-def size() -> int:
-    """Bytes held by all caches below `cache_root()`."""
-    return sum(used for _, _, used in _entries())
+def size(name: str | None = None, root: Path | None = None) -> int:
+    """Bytes held by the caches below `root` (`cache_root()` if None), or by the one called `name`."""
+    return sum(used for _, _, used in _entries(name, root))
 
 
-def clean(*, max_bytes: int | None = None, older_than: float | None = None) -> int:
+def names(root: Path | None = None) -> list[str]:
+    """The caches below `root` (`cache_root()` if None)."""
+    return [folder.name for folder in _folders(root)]
+
+
+def clean(
+    name: str | None = None,
+    root: Path | None = None,
+    *,
+    max_bytes: int | None = None,
+    older_than: float | None = None,
+) -> int:
     """Remove cached files, those unused for longest first. What another process is still writing stays.
 
     Args:
+        name, root: as for `size`.
         max_bytes: remove until no more than this is left.
         older_than: remove what has not been used for so many seconds. With neither, everything goes.
 
@@ -71,7 +83,7 @@ def clean(*, max_bytes: int | None = None, older_than: float | None = None) -> i
         The bytes removed.
     """
     now, removed = time.time(), 0
-    entries = sorted(_entries())
+    entries = sorted(_entries(name, root))
     left = sum(used for _, _, used in entries)
     for last_used, path, used in entries:
         if path.name.endswith(UNFINISHED) and now - last_used < UNFINISHED_SECONDS:
@@ -131,16 +143,23 @@ def _temporary_root() -> Path:
     return folder
 
 
-def _entries() -> Iterator[tuple[float, Path, int]]:
-    """(last use, path, bytes) of every file in a folder that carries our tag."""
+def _folders(root: Path | None) -> Iterator[Path]:
+    """The folders below `root` that carry our tag."""
     with suppress(OSError):
-        for folder in sorted(cache_root().iterdir()):
+        for folder in sorted((cache_root() if root is None else root).iterdir()):
             if _is_ours(folder / TAG):
-                for path in folder.iterdir():
-                    with suppress(OSError):
-                        if path.name != TAG and path.is_file():
-                            status = path.stat()
-                            yield status.st_mtime, path, status.st_size
+                yield folder
+
+
+def _entries(name: str | None, root: Path | None) -> Iterator[tuple[float, Path, int]]:
+    """(last use, path, bytes) of every cached file."""
+    for folder in _folders(root):
+        if name in (None, folder.name):
+            for path in folder.iterdir():
+                with suppress(OSError):
+                    if path.name != TAG and path.is_file():
+                        status = path.stat()
+                        yield status.st_mtime, path, status.st_size
 
 
 def _is_ours(tag: Path) -> bool:

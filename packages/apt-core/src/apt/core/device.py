@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apt.core.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 BF16_MIN_WIDTH = 256
 """On CPUs bf16 autocast pays from this d_model on: below it the casts eat up what the products save
@@ -29,11 +31,28 @@ class Hardware:
     cores: int
     """Cores that this process may use."""
     memory: int
-    """Bytes of main memory."""
+    """Bytes of main memory that this process may use, at most."""
+    free: int
+    """Those that it may still take."""
     cpu_bf16: bool
     """Whether the CPU multiplies bf16 matrices in hardware."""
     gpus: tuple[tuple[str, int], ...]
     """(name, bytes of memory) of each."""
+
+
+TENSORS_PER_WEIGHT = 4
+"""A weight in training has a gradient and AdamW's two moments, each of its own size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The memory that a model takes. Activations come on top."""
+
+    parameters: int
+    weights: int
+    """Bytes of its weights and buffers."""
+    memory: int
+    """Bytes that training it takes: gradients and moments as well."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -89,7 +108,6 @@ def cpu_has_bf16() -> bool:
 
 def describe_hardware() -> Hardware:
     """What this machine has, as far as this process may use it."""
-    import psutil
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,7 +116,16 @@ def describe_hardware() -> Hardware:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append((properties.name, properties.total_memory))
-    return Hardware(_cpu_name(), cores, psutil.virtual_memory().total, cpu_has_bf16(), tuple(gpus))
+    memory = memory_of(torch.device("cpu")) or 0
+    return Hardware(_cpu_name(), cores, memory, free_memory(), cpu_has_bf16(), tuple(gpus))
+
+
+def estimate_memory(model: nn.Module) -> Need:
+    """What a model needs, told from its shapes alone: one on the meta device, which takes no memory, will do."""
+    weights = list(model.parameters())
+    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    held = sum(tensor.nbytes for tensor in (*weights, *model.buffers()))
+    return Need(sum(weight.numel() for weight in weights), held, held + (TENSORS_PER_WEIGHT - 1) * trained)
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -123,6 +150,19 @@ def free_memory() -> int:
 
     limit = memory_of(torch.device("cpu")) or 0
     return min(int(psutil.virtual_memory().available), limit - int(psutil.Process().memory_info().rss))
+
+
+def release_memory() -> None:
+    """Give back what is held for nobody: unreachable objects, and the blocks that torch keeps of the GPU's memory."""
+    gc.collect()
+    if (cuda := cuda_in_use()) is not None:
+        cuda.empty_cache()
+
+
+def cuda_in_use() -> Any:
+    """torch.cuda, if this process has used it, else None: asking neither imports torch nor starts CUDA."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # not there while torch is being imported
+    return cuda if cuda is not None and cuda.is_initialized() else None
 
 
 def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:

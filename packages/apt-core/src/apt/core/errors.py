@@ -7,7 +7,17 @@ mend it. The command line prints that line and exits 2; `--debug` shows the trac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import logging
+
+T = TypeVar("T")
 
 
 class AptError(Exception):
@@ -87,6 +97,99 @@ class AptWarning(UserWarning):
 
 class FallbackWarning(AptWarning):
     """A provider could not be had and the default of its kind is used instead."""
+
+
+class ErrorHandler:
+    """Goes on after errors that pass: memory that ran out is given back, and what did not answer is asked again a
+    little later. How to recover from others, `recover_from` is told; what it was not told is the caller's.
+
+    Args:
+        attempts: recoveries in a row from one class of errors.
+        wait: seconds before what did not answer is asked again, twice as many each time.
+        logger: is told of each error, with its traceback; that of `apt` if left out.
+    """
+
+    def __init__(self, *, attempts: int = 3, wait: float = 0.5, logger: logging.Logger | None = None) -> None:
+        from apt.core.logging import get_logger  # here, for it costs a few ms, and start-up is measured
+
+        self.attempts, self.wait = attempts, wait
+        self.logger = logger or get_logger()
+        self.counts: Counter[str] = Counter()
+        """Errors by the name of their class, since the last success."""
+        self._recoveries: list[tuple[Callable[[Exception], bool], Callable[[Exception], object]]] = []
+
+    def recover_from(
+        self, kind: type[Exception] | tuple[type[Exception], ...], recover: Callable[[Exception], object]
+    ) -> None:
+        """Call `recover(error)` after errors of this kind, also where APT knows another way. If it returns False, the
+        error is the caller's after all."""
+        self._recoveries.insert(0, (lambda error: isinstance(error, kind), recover))
+
+    def handle(self, error: Exception, doing: str = "") -> bool:
+        """Say what failed, and recover from it.
+
+        Returns:
+            Whether it is worth going on: it is known how to recover from it, and that has not failed too often.
+        """
+        name = type(error).__name__
+        self.counts[name] += 1
+        self.logger.error("%s%s: %s", f"{doing}: " if doing else "", name, error, exc_info=error)
+        recover = self._recovery_from(error)
+        if recover is None:
+            return False
+        if self.counts[name] > self.attempts:
+            self.logger.error("%s came %d times in a row: that is not going to pass", name, self.counts[name])
+            return False
+        return recover(error) is not False
+
+    def run(self, action: Callable[[], T], doing: str = "") -> T:
+        """The result of `action`, which is called again after each recovery. What is not recovered from is raised."""
+        while True:
+            try:
+                result = action()
+            except Exception as error:
+                if not self.handle(error, doing):
+                    raise
+            else:
+                self.counts.clear()
+                return result
+
+    @contextmanager
+    def trying(self, doing: str = "") -> Iterator[None]:
+        """Leave this block after an error that was recovered from, without what was left of it; raise the others."""
+        try:
+            yield
+        except Exception as error:
+            if not self.handle(error, doing):
+                raise
+
+    def _recovery_from(self, error: Exception) -> Callable[[Exception], object] | None:
+        for fits, recover in self._recoveries:
+            if fits(error):
+                return recover
+        if is_out_of_memory(error):
+            return _give_memory_back
+        return self._wait if isinstance(error, ConnectionError | TimeoutError) else None
+
+    def _wait(self, error: Exception) -> None:
+        time.sleep(self.wait * 2 ** (self.counts[type(error).__name__] - 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory has run out, the GPU's or the machine's."""
+    gpu: type[Exception] | tuple[()] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+    # torch has no class for what its allocator on the CPU raises.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, (MemoryError, gpu))
+
+
+def _give_memory_back(error: Exception) -> None:
+    import traceback
+
+    from apt.core.device import release_memory
+
+    traceback.clear_frames(error.__traceback__)  # the calls that failed, and with them what they held
+    release_memory()
 
 
 SLIP, HINT = 0.75, 0.6

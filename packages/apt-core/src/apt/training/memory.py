@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 
 from apt.core.config import RunConfig
-from apt.core.device import memory_of
+from apt.core.device import Need, estimate_memory, memory_of
 from apt.core.errors import DeviceError
 from apt.core.in_use import ProvidersInUse
 from apt.core.registry import Registry
 from apt.modeling.compose import ModelBuilder
-
-TENSORS_PER_WEIGHT = 4
-"""A weight in training has a gradient and AdamW's two moments, each of its own size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What training a model takes."""
-
-    parameters: int
-    memory: int
-    """Bytes of weights, buffers, gradients and moments. A lower bound: activations come on top."""
 
 
 def check_memory(config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None) -> None:
@@ -68,10 +55,7 @@ def need_of(config: RunConfig, registry: Registry, vocab_size: int) -> Need | No
             return None
     if in_use.incomplete:
         return None  # one that is here and fails on the meta device may well be built where there is memory
-    weights = list(model.parameters())
-    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
-    fixed = sum(tensor.nbytes for tensor in (*weights, *model.buffers())) - trained
-    return Need(sum(weight.numel() for weight in weights), TENSORS_PER_WEIGHT * trained + fixed)
+    return estimate_memory(model)
 
 
 def _short(count: int) -> str:
