@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,12 +57,24 @@ def cache_dir(name: str, root: Path | None = None) -> Path:
 
 def size(name: str | None = None, root: Path | None = None) -> int:
     """Bytes held by the caches below `root` (`cache_root()` if None), or by the one called `name`."""
-    return sum(used for _, _, used in _entries(name, root))
+    return sum(used for _, _, used in entries(name, root))
 
 
 def names(root: Path | None = None) -> list[str]:
     """The caches below `root` (`cache_root()` if None)."""
     return [folder.name for folder in _folders(root)]
+
+
+def entries(name: str | None = None, root: Path | None = None) -> Iterator[tuple[float, Path, int]]:
+    """(last use, path, bytes) of every cached file, of all caches below `root` or of the one called `name`. What lies
+    in a folder that does not carry our tag is not among them."""
+    for folder in _folders(root):
+        if name in (None, folder.name):
+            for path in folder.iterdir():
+                with suppress(OSError):
+                    if path.name != TAG and path.is_file():
+                        status = path.stat()
+                        yield status.st_mtime, path, status.st_size
 
 
 def clean(
@@ -71,6 +83,7 @@ def clean(
     *,
     max_bytes: int | None = None,
     older_than: float | None = None,
+    keep: Collection[str] = (),
 ) -> int:
     """Remove cached files, those unused for longest first. What another process is still writing stays.
 
@@ -78,15 +91,18 @@ def clean(
         name, root: as for `size`.
         max_bytes: remove until no more than this is left.
         older_than: remove what has not been used for so many seconds. With neither, everything goes.
+        keep: patterns of files that stay, such as "*.json" or "tokens/*".
 
     Returns:
         The bytes removed.
     """
     now, removed = time.time(), 0
-    entries = sorted(_entries(name, root))
-    left = sum(used for _, _, used in entries)
-    for last_used, path, used in entries:
+    found = sorted(entries(name, root))
+    left = sum(used for _, _, used in found)
+    for last_used, path, used in found:
         if path.name.endswith(UNFINISHED) and now - last_used < UNFINISHED_SECONDS:
+            continue
+        if any(path.match(pattern) for pattern in keep):
             continue
         surplus = max_bytes is not None and left > max_bytes
         stale = older_than is not None and now - last_used > older_than
@@ -149,17 +165,6 @@ def _folders(root: Path | None) -> Iterator[Path]:
         for folder in sorted((cache_root() if root is None else root).iterdir()):
             if _is_ours(folder / TAG):
                 yield folder
-
-
-def _entries(name: str | None, root: Path | None) -> Iterator[tuple[float, Path, int]]:
-    """(last use, path, bytes) of every cached file."""
-    for folder in _folders(root):
-        if name in (None, folder.name):
-            for path in folder.iterdir():
-                with suppress(OSError):
-                    if path.name != TAG and path.is_file():
-                        status = path.stat()
-                        yield status.st_mtime, path, status.st_size
 
 
 def _is_ours(tag: Path) -> bool:
