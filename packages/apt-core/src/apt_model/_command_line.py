@@ -121,8 +121,8 @@ def _device(options: argparse.Namespace) -> list[str]:
 _TRANSLATIONS: dict[str, tuple[Callable[[argparse.Namespace], list[list[str]]], tuple[str, ...]]] = {
     "train": (
         _train,
-        ("epochs", "batch_size", "learning_rate", "save_path", "data_path", "max_samples", "tokenizer_type", "cache_dir",
-         "seed", "force_cpu"),
+        ("epochs", "batch_size", "learning_rate", "save_path", "data_path", "max_samples", "tokenizer_type",
+         "cache_dir", "seed", "force_cpu"),
     ),
     "chat": (_chat, ("model_path", "temperature", "top_p", "max_length", "force_cpu")),
     "evaluate": (_evaluate, ("model_path", "force_cpu")),

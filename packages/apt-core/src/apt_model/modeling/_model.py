@@ -160,7 +160,7 @@ class APTModel(nn.Module):
         sources = [[token for token in row if token != pad] for row in input_ids.tolist()]
         if [] in sources:
             raise DataError(
-                f"row {sources.index([])} of input_ids holds no source", hint="give it a token, not padding"
+                f"row {sources.index([])} of input_ids is all padding", hint="give it a token"
             )
         draws = [Draws(seed_of_row(int(torch.randint(2**62, ())), 0)) for _ in sources]
         room = min(max_length, self.backbone.max_seq_len)
