@@ -341,8 +341,8 @@ def _plugin_new(parser: Parser) -> None:
 
 def _cache(parser: Parser) -> None:
     parser.add_argument("--clean", action="store_true", help="remove what is cached; it can all be made again")
-    parser.add_argument("--older-than", type=_number, metavar="DAYS", help="what has not been used for so many, alone")
-    parser.add_argument("--at-most", type=_number, metavar="GB", help="what was used last stays, as much as fits")
+    parser.add_argument("--older-than", type=number, metavar="DAYS", help="what has not been used for so many, alone")
+    parser.add_argument("--at-most", type=number, metavar="GB", help="what was used last stays, as much as fits")
     parser.set_defaults(run_command="apt.cli.cache:run_cache_command")
 
 
