@@ -84,7 +84,7 @@ def _errors() -> Iterator[str]:
     module = _parse("core/errors.py")
     yield f"{_prose(ast.get_docstring(module) or '')}\n\n| `apt.core.errors` | when |\n|---|---|"
     for node in module.body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and node.bases:  # without one it is none to raise
             bases = ", ".join(ast.unparse(base) for base in node.bases)
             yield f"| `{node.name}({bases})` | {_summary(node)} |"
     yield ""

@@ -46,7 +46,7 @@ def moved(
         new = [_new(place) for place in places.values()]
         if importlib.util.find_spec(new[0].partition(".")[0]) is None:
             raise NotInstalledError(f"{module} is a package of its own now: {package}", hint=f"pip install {package}")
-        _warn(module, " and ".join(new), stacklevel=4)
+        _warn(module, ", ".join(new), stacklevel=4)
 
     def look_up(name: str) -> Any:
         if name == "__all__":

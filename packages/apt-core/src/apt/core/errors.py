@@ -2,7 +2,7 @@
 
 Every error a user can cause is an `AptError`: one clear line that says what and where, and a hint that says how to
 mend it. The command line prints that line and exits 2; `--debug` shows the traceback. What only we can cause is an
-`assert`.
+`assert`. What passes by itself, scripts may leave to an `ErrorHandler`.
 """
 
 from __future__ import annotations
