@@ -84,7 +84,7 @@ def test_a_command_line_becomes_the_one_that_is_shown(tmp_path: Path, monkeypatc
     translate = importlib.import_module("apt_model._command_line").translate
     monkeypatch.chdir(tmp_path)
     (tmp_path / "F.txt").write_text("a line of text\n" * 20)
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4
     for old, new in COMMANDS:
         arguments = shlex.split(old.replace(" F ", " F.txt "))[3:]
         assert [shlex.join(["apt", *command]) for command in translate(arguments)] == [new]

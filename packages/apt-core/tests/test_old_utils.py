@@ -16,19 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from apt.core.errors import AptWarning
-from apt.core.logging import get_logger, setup_logging
-from apt.modeling.compose import ModelBuilder
-
-MODEL = {"backbone": "encdec", "d_model": 32, "num_heads": 2, "num_layers": 2, "vocab_size": 50, "max_seq_len": 16}
-
-
-class Config:
-    """As far as the hardware check asks a config of 1.x."""
-
-    @staticmethod
-    def to_profile() -> dict[str, Any]:
-        return {"model": MODEL}
+from apt.core.errors import AptWarning, ConfigError
+from apt.core.logging import setup_logging
 
 
 def old(path: str) -> Any:
@@ -196,23 +185,34 @@ def test_the_machine_is_described() -> None:
     assert profile["system"]["torch_version"] == torch.__version__
 
 
-def test_the_memory_is_that_of_the_model() -> None:
-    model = ModelBuilder({"model": MODEL}).build_model()
-    estimate = old("utils.hardware_check.estimate_model_memory_requirements")(Config(), batch_size=4)
+@pytest.fixture
+def config() -> Any:
+    """A small model of 1.x."""
+    return old("config.apt_config.APTConfig")(50, 32, 64, 2, 1, 1, max_seq_len=16, sr_ratio=4)
+
+
+def test_the_memory_is_that_of_the_model(config: Any) -> None:
+    model = old("modeling.apt_model.APTModel")(config).backbone
+    estimate = old("utils.hardware_check.estimate_model_memory_requirements")(config, batch_size=4)
     assert estimate["total_params"] == model.num_params()
     assert estimate["model_size_gb"] * 2**30 >= 4 * model.num_params()
     assert estimate["total_memory_gb_fp32"] * 2**30 >= 16 * model.num_params()
 
 
-def test_a_model_fits_or_does_not(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+def test_a_model_fits_or_does_not(config: Any, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
     check = old("utils.hardware_check.check_hardware_compatibility")
-    assert check(Config(), MINE)
+    assert check(config, MINE)
     hardware = importlib.import_module("apt_model.utils._hardware")
     monkeypatch.setattr(hardware, "memory_of", lambda _: 1000)
-    assert not check(Config(), MINE)
+    assert not check(config, MINE)
     assert [record.levelno for record in log.records] == [logging.INFO, logging.WARNING]
     monkeypatch.setattr(hardware, "memory_of", lambda _: None)
-    assert check(Config()) and get_logger()
+    assert check(config)
+
+
+def test_what_is_no_config_of_1x_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a dict is no APTConfig"):
+        old("utils.hardware_check.check_hardware_compatibility")({"d_model": 32})
 
 
 # cache_manager

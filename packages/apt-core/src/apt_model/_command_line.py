@@ -27,7 +27,7 @@ GONE = {
 """What is not translated -> what to use; for anything else there is the help of `apt`."""
 
 UNREAD_OPTIONS = (
-    "--language", "--language-file", "--checkpoint-freq", "--model-language", "--vocab-size", "--clean-days",
+    "--language", "--language-file", "--checkpoint-freq", "--model-language", "--vocab-size",
     "--eval-sets", "--num-eval-samples", "--output-dir", "--visualize-attention", "--enable-image", "--enable-audio",
     "--monitor-resources", "--log-interval", "--create-plots", "--plot-format", "--verbose", "--dataset-size",
 )  # fmt: skip
@@ -114,6 +114,10 @@ def _evaluate(options: argparse.Namespace) -> list[list[str]]:
     return [["eval", path, *_device(options)] for path in options.model_path]
 
 
+def _clean_cache(options: argparse.Namespace) -> list[list[str]]:
+    return [["cache", "--clean", "--older-than", str(options.clean_days)]]
+
+
 def _device(options: argparse.Namespace) -> list[str]:
     return ["--device", "cpu"] if options.force_cpu else []
 
@@ -126,14 +130,15 @@ _TRANSLATIONS: dict[str, tuple[Callable[[argparse.Namespace], list[list[str]]], 
     ),
     "chat": (_chat, ("model_path", "temperature", "top_p", "max_length", "force_cpu")),
     "evaluate": (_evaluate, ("model_path", "force_cpu")),
+    "clean-cache": (_clean_cache, ("clean_days",)),
 }  # fmt: skip
 """{command: (what translates it, the options that it reads)}."""
 
 
 def _parser() -> Parser:
     """The options of 1.x; one parser had those of every command."""
-    parser = Parser(prog="python -m apt_model", description="The command line of APT 1.x: train, chat and evaluate.")
-    parser.add_argument("action", nargs="?", metavar="train|chat|evaluate")
+    parser = Parser(prog="python -m apt_model", description="The command line of APT 1.x.")
+    parser.add_argument("action", nargs="?", metavar="train|chat|evaluate|clean-cache")
     add = parser.add_argument
     train = "train: %(default)s if left out"
     add("--epochs", type=int, default=20, metavar="N", help=train)
@@ -149,6 +154,7 @@ def _parser() -> Parser:
     add("--temperature", type=float, default=0.7, metavar="T", help="chat")
     add("--top-p", type=float, default=0.9, metavar="P", help="chat")
     add("--max-length", type=int, default=50, metavar="N", help="chat: tokens of a reply")
+    add("--clean-days", type=int, default=30, metavar="N", help="clean-cache: what was not used for so long")
     add("--force-cpu", action="store_true", help="use no GPU")
     for name in UNREAD_OPTIONS:
         add(name, nargs="*", help=argparse.SUPPRESS)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from apt.core.device import Need, describe_hardware, estimate_memory, memory_of, pick_device
+from apt.core.errors import ConfigError
 from apt.core.logging import get_logger
 from apt.modeling.compose import ModelBuilder
+from apt_model.config._options import APTConfig
 
 GB = 2**30
 
@@ -44,7 +46,11 @@ def get_hardware_profile() -> dict[str, Any]:
 
 def estimate_model_memory_requirements(model_config: Any, batch_size: int = 8) -> dict[str, float]:
     """What training the model of an APTConfig takes, in GiB, without activations: the only part that `batch_size` has a
-    say in. In mixed precision it is the same, for the weights stay in float32."""
+    say in. In mixed precision it is the same, for the weights stay in float32.
+
+    Raises:
+        ConfigError: it is another config.
+    """
     need = _need(model_config)
     training = need.memory / GB
     return {
@@ -57,7 +63,11 @@ def estimate_model_memory_requirements(model_config: Any, batch_size: int = 8) -
 
 
 def check_hardware_compatibility(model_config: Any, logger: logging.Logger | None = None) -> bool:
-    """Whether the model of an APTConfig can be trained on the device that a run would take, before any activation."""
+    """Whether the model of an APTConfig can be trained on the device that a run would take, before any activation.
+
+    Raises:
+        ConfigError: it is another config.
+    """
     device, need = pick_device(), _need(model_config)
     has = memory_of(device)
     fits = has is None or need.memory <= has
@@ -68,5 +78,10 @@ def check_hardware_compatibility(model_config: Any, logger: logging.Logger | Non
 
 
 def _need(model_config: Any) -> Need:
+    if not isinstance(model_config, APTConfig):
+        raise ConfigError(
+            f"a {type(model_config).__name__} is no APTConfig",
+            hint="give apt.core.device.estimate_memory the model itself",
+        )
     with torch.device("meta"):
         return estimate_memory(ModelBuilder(model_config.to_profile()).build_model())
