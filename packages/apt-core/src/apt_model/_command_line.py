@@ -28,10 +28,12 @@ GONE = {
 
 UNREAD_OPTIONS = (
     "--language", "--language-file", "--checkpoint-freq", "--model-language", "--vocab-size",
-    "--eval-sets", "--num-eval-samples", "--output-dir", "--visualize-attention", "--enable-image", "--enable-audio",
-    "--monitor-resources", "--log-interval", "--create-plots", "--plot-format", "--verbose", "--dataset-size",
+    "--num-eval-samples", "--output-dir", "--log-interval", "--plot-format", "--dataset-size",
 )  # fmt: skip
-"""Taken, and passed over aloud."""
+UNREAD_FLAGS = (
+    "--visualize-attention", "--enable-image", "--enable-audio", "--monitor-resources", "--create-plots", "--verbose",
+)  # fmt: skip
+"""Taken, and passed over aloud; flags have no value."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +158,9 @@ def _parser() -> Parser:
     add("--max-length", type=int, default=50, metavar="N", help="chat: tokens of a reply")
     add("--clean-days", type=int, default=30, metavar="N", help="clean-cache: what was not used for so long")
     add("--force-cpu", action="store_true", help="use no GPU")
+    add("--eval-sets", nargs="+", help=argparse.SUPPRESS)
     for name in UNREAD_OPTIONS:
-        add(name, nargs="*", help=argparse.SUPPRESS)
+        add(name, help=argparse.SUPPRESS)
+    for name in UNREAD_FLAGS:
+        add(name, action="store_true", help=argparse.SUPPRESS)
     return parser

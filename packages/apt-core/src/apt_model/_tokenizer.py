@@ -73,20 +73,22 @@ def kernel_tokenizer(tokenizer: Any) -> Tokenizer:
     `tokenizers` and `transformers` (the fast ones) a copy.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: it is another one, or has no token to end a text.
     """
     if isinstance(tokenizer, OldTokenizer):
         return tokenizer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "to_str"):
-        return HFTokenizer(type(backend).from_str(backend.to_str()))
-    if isinstance(getattr(tokenizer, "eos_id", None), int) and hasattr(tokenizer, "save"):
-        kept: Tokenizer = tokenizer
-        return kept
-    raise ConfigError(
-        f"a run cannot keep a {type(tokenizer).__name__}",
-        hint="give a fast tokenizer of transformers, a tokenizers.Tokenizer, or none: one is then learnt",
-    )
+    kept: Tokenizer = HFTokenizer(type(backend).from_str(backend.to_str())) if hasattr(backend, "to_str") else tokenizer
+    if not all(hasattr(kept, name) for name in ("vocab_size", "eos_id", "save")):
+        raise ConfigError(
+            f"a run cannot keep a {type(tokenizer).__name__}",
+            hint="give a fast tokenizer of transformers, a tokenizers.Tokenizer, or none: one is then learnt",
+        )
+    if kept.eos_id is None:
+        raise ConfigError(
+            f"the {type(tokenizer).__name__} has no token to end a text", hint="add <|endoftext|> or </s> to it"
+        )
+    return kept
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

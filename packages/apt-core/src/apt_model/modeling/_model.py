@@ -159,9 +159,7 @@ class APTModel(nn.Module):
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, repetition_penalty=repetition_penalty)
         sources = [[token for token in row if token != pad] for row in input_ids.tolist()]
         if [] in sources:
-            raise DataError(
-                f"row {sources.index([])} of input_ids is all padding", hint="give it a token"
-            )
+            raise DataError(f"row {sources.index([])} of input_ids is all padding", hint="give it a token")
         draws = [Draws(seed_of_row(int(torch.randint(2**62, ())), 0)) for _ in sources]
         room = min(max_length, self.backbone.max_seq_len)
         with evaluation_mode(self.backbone):

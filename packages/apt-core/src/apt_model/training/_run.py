@@ -78,7 +78,9 @@ def prepare(
         path = copy = here / f"texts{'.jsonl' if path is None else path.suffix}"
     learnt = max(int(len(lines) * (1 - HELD_OUT)), 1)
     if learnt < batch_size:
-        warnings.warn(f"{learnt} texts are learnt from: batches have {learnt} and not {batch_size}", AptWarning, 3)
+        warnings.warn(
+            f"batches hold {learnt} texts and not {batch_size}: there are no more to learn from", AptWarning, 3
+        )
         batch_size = learnt
     profile = {"name": "apt_model", **config.to_profile()}
     profile["model"]["vocab_size"] = None  # the tokenizer's

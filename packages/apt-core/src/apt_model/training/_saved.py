@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from apt.core.errors import CheckpointError
+from apt.core.errors import CheckpointError, ConfigError
 from apt.core.hooks import Hooks
 from apt.core.runs import find_run
 from apt.inference.loading import LoadedRun, load_run
@@ -32,10 +32,15 @@ def save_model(model: APTModel, tokenizer: Any, path: str | Path, config: APTCon
 
     Raises:
         CheckpointError: something else is there, or it cannot be written.
-        ConfigError: a run cannot keep the tokenizer.
+        ConfigError: a run cannot keep the tokenizer, or it has more tokens than the model.
     """
     path, in_use = Path(path), model.builder.in_use
     kept = kernel_tokenizer(tokenizer)
+    if kept.vocab_size > model.backbone.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {kept.vocab_size} tokens, and the model {model.backbone.vocab_size}",
+            hint="build the model with vocab_size=tokenizer.vocab_size",
+        )
     data = model.builder.config.data.model_copy(update={"tokenizer": str(path / "tokenizer.json")})
     whole = model.builder.config.model_copy(update={"data": data})
     # Whole before what is there goes.
