@@ -70,7 +70,7 @@ def test_an_import_path_of_the_draft_works_and_says_once_where_it_is(old: str, n
 
 @pytest.mark.filterwarnings("ignore:apt.plugins:DeprecationWarning")
 def test_every_old_name_is_in_the_table() -> None:
-    modules = [module.name for module in walk_packages(apt_model.__path__, "apt_model.")]
+    modules = ["apt_model", *(module.name for module in walk_packages(apt_model.__path__, "apt_model."))]
     public = [name for name in modules if not re.search(r"\._", name)]
     listed = {f"{name}.{old}" for name in public for old in getattr(importlib.import_module(name), "__all__", ())}
     assert listed == {old for old, _ in NAMES}

@@ -140,7 +140,7 @@ def test_what_the_package_itself_lacks_is_said_as_it_is(afresh: None, monkeypatc
         _ = module.MoERouter
 
 
-def test_the_old_package_imports_neither_torch_nor_the_new_one() -> None:
+def test_the_old_package_imports_nothing_that_takes_time() -> None:
     assert apt_model.__doc__
-    code = "import sys, apt_model; assert not {'torch', 'apt.core.errors', 'apt.api'} & set(sys.modules)"
+    code = "import sys, apt_model; assert not {'torch', 'pydantic', 'apt.api'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import warnings
@@ -26,24 +25,6 @@ from apt_model.modeling._model import APTLargeModel, APTModel
 
 torch.set_num_threads(1)
 
-NAMES = {
-    "apt_model.config.apt_config": {"APTConfig": "apt.api.RunConfig"},
-    "apt_model.modeling.apt_model": {
-        "APTModelConfiguration": "apt.api.RunConfig",
-        "APTModel": "apt.api.ModelBuilder",
-        "APTLargeModel": "apt.api.ModelBuilder",
-        "AutopoieticAttention": "apt.modeling.layers.attention_tva.TVAAttentionLayer",
-    },
-    "apt_model.training.trainer": {"train_model": "apt.api.Trainer"},
-    "apt_model.training.checkpoint": {
-        "save_model": "apt.api.save_model",
-        "load_model": "apt.api.load_run",
-        "CheckpointManager": "apt.checkpoint.store.CheckpointStore",
-    },
-    "apt_model.generation.generator": {"generate_natural_text": "apt.api.Generator"},
-    "apt_model.interactive.chat": {"chat_with_model": "apt.api.Chat"},
-}
-
 SIZES = {
     "d_model": 32, "d_ff": 64, "num_heads": 4, "num_encoder_layers": 1, "num_decoder_layers": 2, "max_seq_len": 12,
 }  # fmt: skip
@@ -64,21 +45,6 @@ def make(**options: Any) -> APTLargeModel:
 
 def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(3, 20, (rows, length))
-
-
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in NAMES.items() for name in names])
-def test_each_name_warns_once_with_its_new_place(module: str, name: str) -> None:
-    old = importlib.import_module(module)
-    vars(old).pop(name, None)  # as before its first use
-    new = NAMES[module][name]
-    with pytest.warns(DeprecationWarning, match=f"{module}.{name} will be removed in APT 4.0: use {new} ") as told:
-        first = getattr(old, name)
-    assert [Path(warning.filename).name for warning in told] == [Path(__file__).name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert getattr(old, name) is first
-    place, _, attribute = new.rpartition(".")
-    assert hasattr(importlib.import_module(place), attribute)
 
 
 # The config
@@ -310,6 +276,9 @@ def test_settings_of_generate() -> None:
         model.generate(tokens(1, 3), temperature=-1)
     source = tokens(1, 3)
     greedy = model.generate(source, 6, temperature=0)
+    assert torch.equal(model.generate(src_tokens=source, max_length=6, temperature=0), greedy)
+    with pytest.raises(TypeError, match="needs input_ids"):
+        model.generate()
     assert torch.equal(model.generate(source, 6, 9.0, 1.0, top_k=1), greedy)
     once = model.generate(source, 6, 0.0, repetition_penalty=1e9)[0].tolist()
     assert len(set(once)) == len(once)

@@ -336,6 +336,21 @@ def test_any_run_of_an_encoder_decoder_opens_and_no_other(tmp_path: Path) -> Non
         load_model("nix")
 
 
+def test_weights_of_old_are_refused_by_name() -> None:
+    Path("old").mkdir()
+    written("", "old/model.pt")
+    for use in (
+        lambda: load_model("old"),
+        lambda: chat_with_model("old"),
+        lambda: translate(["chat", "--model-path", "old"]),
+        lambda: translate(["evaluate", "--model-path", "old"]),
+    ):
+        with pytest.raises(CheckpointError, match=r"old holds a model of 1\.x, .* train it again"):
+            use()
+    trained("old")
+    assert load_model("old")[2].d_model == 16
+
+
 # Checkpoints
 
 

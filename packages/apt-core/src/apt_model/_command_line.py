@@ -15,6 +15,7 @@ from apt.cli.run_commands import SHORT
 from apt.core.errors import UsageError
 from apt_model._moved import REMOVED_IN
 from apt_model.config._options import say_once
+from apt_model.training._folder import refuse_weights_of_old
 
 GONE = {
     "test": "apt generate RUN --prompt TEXT",
@@ -65,7 +66,7 @@ def translate(arguments: Sequence[str]) -> list[list[str]]:
 
     Raises:
         UsageError: there is no such command or option.
-        AptError: the texts cannot be read.
+        AptError: the texts cannot be read, or a model is one of 1.x.
     """
     parser = _parser()
     options = parser.parse_all(arguments)
@@ -107,12 +108,15 @@ def _train(options: argparse.Namespace) -> list[list[str]]:
 def _chat(options: argparse.Namespace) -> list[list[str]]:
     if len(options.model_path) > 1:
         say_once(f"python -m apt_model chat: one model talks, {options.model_path[0]}")
+    refuse_weights_of_old(Path(options.model_path[0]))
     sampling = {"temperature": options.temperature, "top-p": options.top_p, "max-tokens": options.max_length}
     settings = [part for name, value in sampling.items() for part in (f"--{name}", str(value))]
     return [["chat", options.model_path[0], *settings, *_device(options)]]
 
 
 def _evaluate(options: argparse.Namespace) -> list[list[str]]:
+    for path in options.model_path:
+        refuse_weights_of_old(Path(path))
     return [["eval", path, *_device(options)] for path in options.model_path]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from apt_model.config._options import say_once
+from apt_model.training._folder import refuse_weights_of_old
 
 
 def chat_with_model(
@@ -44,5 +46,6 @@ def chat_with_model(
     }
     if any(unread.values()):
         say_once(f"chat_with_model: {', '.join(name for name in unread if unread[name])} not used: nothing reads it")
+    refuse_weights_of_old(Path(model_path))
     options = ["--temperature", str(temperature), "--top-p", str(top_p), "--max-tokens", str(max_length)]
     run_chat_command(parse_arguments(["chat", model_path, *options, "--device", "cpu" if force_cpu else "auto"]))

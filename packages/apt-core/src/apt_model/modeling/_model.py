@@ -122,7 +122,7 @@ class APTModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         max_length: int = 50,
         temperature: float = 1.0,
         top_p: float = 0.9,
@@ -131,6 +131,8 @@ class APTModel(nn.Module):
         do_sample: bool = True,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        *,
+        src_tokens: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Write a target for each source, with a cache and without dropout.
@@ -138,7 +140,8 @@ class APTModel(nn.Module):
         `torch.manual_seed` makes it repeatable.
 
         Args:
-            input_ids: int64 [B, S]; tokens `pad_token_id` are no part of a source, wherever they stand.
+            input_ids: int64 [B, S]; tokens `pad_token_id` are no part of a source, wherever they stand. 1.0 called them
+                `src_tokens`.
             max_length: tokens to write, at most `config.max_seq_len`.
             temperature, top_p, top_k, repetition_penalty: see `apt.inference.sampling.Sampling`.
             do_sample: if not, the likeliest tokens are taken.
@@ -154,10 +157,13 @@ class APTModel(nn.Module):
         """
         if options:
             say_once(f"generate: {', '.join(options)} not used: nothing reads it any more")
+        source_BS = src_tokens if input_ids is None else input_ids
+        if source_BS is None:
+            raise TypeError("generate needs input_ids")
         pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         sampling = Sampling(temperature if do_sample else 0.0, top_k, top_p, repetition_penalty=repetition_penalty)
-        sources = [[token for token in row if token != pad] for row in input_ids.tolist()]
+        sources = [[token for token in row if token != pad] for row in source_BS.tolist()]
         if [] in sources:
             raise DataError(f"row {sources.index([])} of input_ids is all padding", hint="give it a token")
         draws = [Draws(seed_of_row(int(torch.randint(2**62, ())), 0)) for _ in sources]

@@ -1,4 +1,4 @@
-"""The folder that a model is saved in: 1.x wrote over what was there, a run is not lost that way."""
+"""The folder that a model is saved in: what is found there, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import shutil
 import warnings
 from pathlib import Path
 
-from apt.core.errors import AptWarning
+from apt.core.errors import AptWarning, CheckpointError
 from apt.core.runs import RunFolder
 
 
 def make_way(path: Path) -> None:
-    """Have no run in a folder that a model is about to be saved in.
+    """Have no run in a folder that a model is about to be saved in: 1.x wrote over it, and a run is not lost that way.
 
     One that was trained is renamed, `model` to `model-1`, with an AptWarning; one that `save_model` wrote is removed,
     and so is an empty folder. Nothing happens to a folder that holds anything else, or that this process works in.
@@ -30,3 +30,12 @@ def make_way(path: Path) -> None:
         number += 1
     os.replace(path, kept)
     warnings.warn(f"{path} held a run; it is {kept} now", AptWarning, stacklevel=3)
+
+
+def refuse_weights_of_old(path: Path) -> None:
+    """Raise CheckpointError where a folder holds what 1.x saved, and no run."""
+    if (path / "model.pt").exists() and not RunFolder(path).holds_a_run():
+        raise CheckpointError(
+            f"{path} holds a model of 1.x, and its weights fit no model of this version",
+            hint="train it again: python -m apt_model train, or see docs/migration.md",
+        )

@@ -18,7 +18,7 @@ from apt.modeling.compose import ModelBuilder
 from apt_model._tokenizer import OldTokenizer, kernel_tokenizer
 from apt_model.config._options import FILE, APTConfig
 from apt_model.modeling._model import APTLargeModel, APTModel
-from apt_model.training._folder import make_way
+from apt_model.training._folder import make_way, refuse_weights_of_old
 
 
 def save_model(model: APTModel, tokenizer: Any, path: str | Path, config: APTConfig | None = None) -> None:
@@ -65,8 +65,9 @@ def load_model(path: str | Path, device: Any = None) -> tuple[APTLargeModel, Old
 
     Raises:
         ConfigError: there is no such run, or its model is no encoder-decoder.
-        CheckpointError: it has saved nothing that is whole.
+        CheckpointError: it has saved nothing that is whole, or holds what 1.x saved.
     """
+    refuse_weights_of_old(Path(path))
     run = find_run(path)
     loaded = load_run(run, device="auto" if device is None else str(device))
     tokenizer = OldTokenizer(loaded.tokenizer)
