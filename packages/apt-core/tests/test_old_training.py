@@ -20,11 +20,12 @@ import torch
 from small_run import small_config, train
 from torch import nn
 
-from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError, UsageError
+from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError, RunInUseError, UsageError
 from apt.core.profiles import resolve
 from apt.core.runs import RunFolder
 from apt.data.tokenizers import ByteTokenizer, CharTokenizer, HFTokenizer
 from apt.inference.generator import Generator
+from apt.training.run_lock import only_trainer
 from apt_model import _command_line
 from apt_model._command_line import translate
 from apt_model._tokenizer import OldTokenizer, kernel_tokenizer
@@ -183,6 +184,14 @@ def test_a_run_that_was_trained_makes_way_and_is_kept() -> None:
         with pytest.warns(AptWarning, match=f"model held a run; it is model-{number} now"):
             make_way(Path("model"))
         assert not Path("model").exists() and Path(f"model-{number}/profile.yaml").read_text() == str(number)
+
+
+def test_a_run_that_somebody_trains_stays() -> None:
+    Path("model").mkdir()
+    written("", "model/profile.yaml")
+    with only_trainer(Path("model")), pytest.raises(RunInUseError, match="at work in model"):
+        make_way(Path("model"))
+    assert Path("model/profile.yaml").exists()
 
 
 def test_what_is_no_trained_run_makes_way_or_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apt.core.errors import AptWarning, CheckpointError
 from apt.core.runs import RunFolder
+from apt.training.run_lock import only_trainer
 
 
 def make_way(path: Path) -> None:
@@ -16,12 +17,17 @@ def make_way(path: Path) -> None:
 
     One that was trained is renamed, `model` to `model-1`, with an AptWarning; one that `save_model` wrote is removed,
     and so is an empty folder. Nothing happens to a folder that holds anything else, or that this process works in.
+
+    Raises:
+        RunInUseError: another trainer is at work there.
     """
     run = RunFolder(path)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if not run.holds_a_run() or Path.cwd().is_relative_to(path.resolve()):
         return
+    with only_trainer(path):
+        pass  # nobody else works there
     if not run.metrics.exists():
         shutil.rmtree(path)
         return
