@@ -59,6 +59,11 @@ def test_a_success_sets_the_count_back(waits: list[float]) -> None:
     for _ in range(3):
         assert handler.run(Fails(TimeoutError, 1)) == 7
     assert not handler.counts
+    for _ in range(3):
+        with handler.trying():
+            raise TimeoutError
+        with handler.trying():
+            pass
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), ConfigError("x"), FileNotFoundError("x"), RuntimeError("x")])

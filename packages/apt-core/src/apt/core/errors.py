@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import logging
 
 T = TypeVar("T")
+Kind = type[Exception] | tuple[type[Exception], ...]
+"""What `isinstance` takes."""
 
 
 class AptError(Exception):
@@ -116,14 +118,12 @@ class ErrorHandler:
         self.logger = logger or get_logger()
         self.counts: Counter[str] = Counter()
         """Errors by the name of their class, since the last success."""
-        self._recoveries: list[tuple[Callable[[Exception], bool], Callable[[Exception], object]]] = []
+        self._recoveries: list[tuple[Kind, Callable[[Exception], object]]] = []
 
-    def recover_from(
-        self, kind: type[Exception] | tuple[type[Exception], ...], recover: Callable[[Exception], object]
-    ) -> None:
+    def recover_from(self, kind: Kind, recover: Callable[[Exception], object]) -> None:
         """Call `recover(error)` after errors of this kind, also where APT knows another way. If it returns False, the
         error is the caller's after all."""
-        self._recoveries.insert(0, (lambda error: isinstance(error, kind), recover))
+        self._recoveries.insert(0, (kind, recover))
 
     def handle(self, error: Exception, doing: str = "") -> bool:
         """Say what failed, and recover from it.
@@ -162,10 +162,12 @@ class ErrorHandler:
         except Exception as error:
             if not self.handle(error, doing):
                 raise
+        else:
+            self.counts.clear()
 
     def _recovery_from(self, error: Exception) -> Callable[[Exception], object] | None:
-        for fits, recover in self._recoveries:
-            if fits(error):
+        for kind, recover in self._recoveries:
+            if isinstance(error, kind):
                 return recover
         if is_out_of_memory(error):
             return _give_memory_back

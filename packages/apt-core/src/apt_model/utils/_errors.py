@@ -74,6 +74,8 @@ class ErrorContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if self.error_handler is not None and error is None:
+            self.error_handler.counts.clear()
         if not isinstance(error, Exception):
             return False
         if self.error_handler is not None:
