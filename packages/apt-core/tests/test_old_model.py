@@ -164,8 +164,15 @@ def test_a_ratio_that_does_not_fit_becomes_the_nearest(heads: int, size: int, wa
 def test_sizes_that_do_not_fit_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="d_model 30 is not divisible by num_heads 4"):
         APTModel(APTConfig(vocab_size=9, d_model=30, num_heads=4))
-    with pytest.raises(ConfigError, match="num_heads"):
-        APTModel(APTConfig(vocab_size=9, num_heads=0))
+    for option, key, value in [
+        ("num_heads", "num_heads", 0),
+        ("d_model", "d_model", "wide"),
+        ("sr_ratio", "tva_default: its section does not fit: r:", 0),
+        ("init_tau", "tva_default: its section does not fit: tau:", -1.0),
+        ("num_decoder_layers", "num_layers", 1.5),
+    ]:
+        with pytest.raises(ConfigError, match=key):
+            APTModel(APTConfig(**{"vocab_size": 9, "d_model": 32, "num_heads": 4, option: value}))
 
 
 # The model

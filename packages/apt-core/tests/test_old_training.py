@@ -519,4 +519,4 @@ def test_python_m_apt_model(tmp_path: Path) -> None:
 
 def test_the_default_is_that_of_old() -> None:
     config = _run.default_config()
-    assert (config.d_model, config.num_heads, config.num_encoder_layers, config.max_seq_len) == (768, 12, 4, 128)
+    assert (config.d_model, config.num_heads, config.num_encoder_layers, config.max_seq_len) == (768, 12, 4, 512)

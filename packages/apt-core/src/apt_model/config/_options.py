@@ -211,9 +211,9 @@ def tva_section(d_model: int, heads: int, sr_ratio: int, init_tau: float, use_au
     """The section `model.tva` that the options of an attention amount to."""
     from apt.modeling.layers.attention_tva import slice_width
 
-    divides = heads > 0 and d_model % heads == 0
-    fits = [r for r in range(1, d_model + 1) if divides and slice_width(d_model, heads, r)]
-    # Where none fits, the layer itself says what is wrong.
+    sized = all(isinstance(size, int) and size > 0 for size in (d_model, heads, sr_ratio)) and d_model % heads == 0
+    fits = [r for r in range(1, d_model + 1) if slice_width(d_model, heads, r)] if sized else []
+    # Where none fits, or a size is none, the kernel says what is wrong.
     r = min(fits, key=lambda ratio: abs(ratio - sr_ratio), default=sr_ratio)
     if r != sr_ratio:
         say_once(f"sr_ratio {sr_ratio} does not fit d_model {d_model} with {heads} heads: {r} is used, the nearest")

@@ -36,7 +36,7 @@ SUFFIXES = (".txt", ".tsv", ".jsonl")
 
 def default_config() -> APTConfig:
     """What is trained unless it is told otherwise."""
-    return APTConfig(num_encoder_layers=4, num_decoder_layers=4, max_seq_len=128, dropout=0.2)
+    return APTConfig(num_encoder_layers=4, num_decoder_layers=4, dropout=0.2)
 
 
 def prepare(
