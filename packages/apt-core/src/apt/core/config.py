@@ -1,4 +1,5 @@
 """What a run is: the pydantic models behind a profile. Every key is listed here once, with its unit and its default.
+All of it is frozen: what a plugin does to it changes no run.
 
 Unknown keys are errors. The one exception: `model`, `data` and `training` also hold the sections of providers
 (`model.tva`, `data.stdlib`, ...), which the providers themselves validate.
@@ -7,9 +8,11 @@ Unknown keys are errors. The one exception: `model`, `data` and `training` also 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from apt.core.frozen import frozen
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -31,6 +34,12 @@ class OpenSection(Section):
     def sections(self) -> dict[str, dict[str, Any]]:
         """The providers' sections that the profile gives, by name."""
         return dict(self.__pydantic_extra__ or {})
+
+    @model_validator(mode="after")
+    def _freeze_sections(self) -> Self:
+        extra = self.__pydantic_extra__ or {}
+        extra.update(frozen(extra))
+        return self
 
 
 class ModelConfig(OpenSection):
@@ -235,7 +244,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
-    schedules: dict[str, Any] = {}
+    schedules: Annotated[dict[str, Any], AfterValidator(frozen), Field(validate_default=True)] = {}
     """`enable_NAME_at_epoch`, `enable_NAME_at_step`, and values that anneal: see `apt.core.schedules`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     chat: ChatConfig = ChatConfig()
