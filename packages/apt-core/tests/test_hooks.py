@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
+import time
 import types
+import warnings
 import weakref
 from typing import Any
 
@@ -352,3 +355,52 @@ def test_properties_of_an_object_are_not_run() -> None:
     Hooks().add(Lazy())
     assert has_hooks(Lazy())
     assert not has_hooks(object())
+
+
+# A hook that hangs
+
+
+class Sleeper:
+    """Does not come back before it is told to, as long as nobody interrupts it."""
+
+    def __init__(self) -> None:
+        self.awake = threading.Event()
+
+    def on_step_start(self) -> None:
+        assert self.awake.wait(30)
+
+
+def test_a_hook_that_does_not_come_back_is_named_once_while_the_run_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.core.hooks.SLOW_SECONDS", 0.02)
+    hooks, sleeper, said = Hooks(), Sleeper(), []
+    hooks.add(sleeper)
+    monkeypatch.setattr(warnings, "warn", lambda message, *more, **options: said.append(message))
+    with hooks.watched():
+        threading.Timer(0.3, sleeper.awake.set).start()
+        hooks.call("on_step_start")
+        time.sleep(0.1)
+    assert said == [
+        "Sleeper.on_step_start has been at work for 0 s, and the run waits for it; "
+        "a signal that comes twice, such as Ctrl-C, ends the run at once"
+    ]
+    assert not any(thread.name == "apt-hooks" for thread in threading.enumerate())
+
+
+def test_nobody_is_named_who_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.core.hooks.SLOW_SECONDS", 0.1)
+    hooks = Hooks()
+
+    class Quick:
+        def on_step_start(self) -> None:
+            hooks.call("on_epoch_start")  # one hook within another one
+
+        def on_epoch_start(self) -> None:
+            pass
+
+    hooks.add(Quick())
+    with warnings.catch_warnings(), hooks.watched():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            hooks.call("on_step_start")
+            time.sleep(0.01)
+    assert hooks.failures == []

@@ -7,6 +7,8 @@ isolation needs to know which implementation raised, and state is kept per plugi
 from __future__ import annotations
 
 import inspect
+import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     import logging
 
 MAX_OBSERVER_FAILURES = 3
+
+SLOW_SECONDS = 60.0
+"""A hook that is at work for longer is named: it may hang."""
 
 GENERATION = frozenset({"on_generation_start", "on_next_token"})
 """The hooks that are called while text is generated."""
@@ -110,6 +115,7 @@ class Hooks:
         self.manager.add_hookspecs(hookspecs)
         self._providers: set[str] = set()
         self._calls: dict[str, list[_Call]] = {}
+        self._at_work: tuple[str, str, float] | None = None
         self._off: set[tuple[str, str]] = set()
         self._to_switch_off: set[tuple[str, str]] = set()
 
@@ -201,6 +207,18 @@ class Hooks:
         finally:
             self.on_plugin_error = before
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside this block a hook that does not come to its end is named, once, while the run waits for it."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(over,), name="apt-hooks", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def listening(self, hook: str) -> bool:
         """Whether anyone implements `hook`."""
         return hook in self._calls
@@ -226,7 +244,7 @@ class Hooks:
         failure = Failure(plugin, hook, error, self._is_effect(plugin, hook), True, process)
         self.failures.append(failure)
         self._to_switch_off.add((plugin, hook))
-        self._log(failure)
+        self._log("%s", failure, exc_info=failure.error)
         warnings.warn(str(failure), AptWarning, stacklevel=2)
 
     def settle(self) -> None:
@@ -253,6 +271,7 @@ class Hooks:
         """What one implementation returns; None if it fails, or is an effect that has failed before."""
         if call.effect and call.failures:
             return None
+        before, self._at_work = self._at_work, (call.plugin, hook, time.monotonic())
         try:
             result = call.function(*[arguments[name] for name in call.arguments])
             if result is not None and check is not None and (wrong := check(result)):
@@ -262,6 +281,8 @@ class Hooks:
         except (Exception, SystemExit) as error:
             self._caught(call, hook, error)
             return None
+        finally:
+            self._at_work = before
         return result
 
     def _caught(self, call: _Call, hook: str, error: BaseException) -> None:
@@ -271,7 +292,7 @@ class Hooks:
         switched_off = not stop and (call.effect or call.failures >= MAX_OBSERVER_FAILURES)
         failure = Failure(call.plugin, hook, error, call.effect, switched_off)
         self.failures.append(failure)
-        self._log(failure)
+        self._log("%s", failure, exc_info=failure.error)
         if switched_off:
             self._to_switch_off.add(key)
         if not stop:
@@ -285,10 +306,24 @@ class Hooks:
                 f"{failure}", hint="mend the plugin, or set on_plugin_error: drop to go on without it"
             ) from error
 
-    def _log(self, failure: Failure) -> None:
+    def _watch(self, over: threading.Event) -> None:
+        told: object = None
+        while not over.wait(SLOW_SECONDS / 4):
+            at_work = self._at_work  # taken once: the hook may come to its end meanwhile
+            if at_work is None or at_work is told or time.monotonic() - at_work[2] < SLOW_SECONDS:
+                continue
+            told = at_work
+            text = (
+                f"{at_work[0]}.{at_work[1]} has been at work for {SLOW_SECONDS:.0f} s, and the run waits for it; "
+                "a signal that comes twice, such as Ctrl-C, ends the run at once"
+            )
+            self._log("%s", text)
+            warnings.warn(text, AptWarning, stacklevel=2)
+
+    def _log(self, *message: object, **options: Any) -> None:
         from apt.core.logging import get_logger  # not at the top: listing plugins needs none, and it costs a few ms
 
-        (self._logger or get_logger()).error("%s", failure, exc_info=failure.error)
+        (self._logger or get_logger()).error(*message, **options)
 
     def _is_effect(self, plugin: str, hook: str) -> bool:
         return hook not in OBSERVERS or plugin in self._providers
