@@ -122,7 +122,7 @@ def test_skip_passes_the_step_over(config: Config, where: str, value: float) -> 
     records = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
     assert sum(record.get("not_finite", 0) for record in records) == 4
     assert all(record["loss"] is not None for record in records if record["event"] == "train")
-    wrong = "the loss" if where == "loss" else "the gradients"
+    wrong = "the loss, by 'extra' of Poison" if where == "loss" else "the gradients"
     assert f"not finite at step 3: {wrong}; passed over" in (trainer.run_dir / "run.log").read_text()
 
 
@@ -213,9 +213,45 @@ def test_rollback_gives_up_where_it_leads_nowhere(config: Config) -> None:
     config["checkpoint"]["every"] = 100
     store, error = stopped(config, "rollback", Poison("loss", math.nan, *range(7, 99)))
     assert store.steps() == [6]
-    assert f"after {MAX_ROLLBACKS} returns to the last checkpoint: the loss; the checkpoint of step 6 is kept" in str(
-        error
-    )
+    tried = f"after {MAX_ROLLBACKS} returns to the last checkpoint: the loss, by 'extra' of Poison"
+    assert f"{tried}; the checkpoint of step 6 is kept" in str(error)
+
+
+class TwoLosses:
+    """A loss that is sound at every step, and one that is none at one of them."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def extra_losses(self, trainer: Trainer, logits: Tensor) -> dict[str, Tensor]:
+        return {"sound": 0.01 * logits.mean(), "bad": logits.mean() * (math.nan if trainer.step == self.step else 0.0)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("policy", "log_every"), [("stop", 1), ("stop", 4), ("stop", 99), ("rollback", 2)])
+def test_the_plugin_whose_loss_it_was_is_named(config: Config, policy: str, log_every: int, accumulation: int) -> None:
+    config["training"] |= {"log_every": log_every, "batch_size": 8 // accumulation, "on_not_finite": policy}
+    config["training"]["gradient_accumulation"] = accumulation
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(Poison("loss", 0.0))
+    trainer.register_hook(TwoLosses(1 if policy == "rollback" else 7))  # there is nothing to go back to before step 3
+    with pytest.raises(NotFiniteError) as error:
+        trainer.train()
+    # What came after it, the cross-entropy included, is not finite either.
+    assert ": the loss, by 'bad' of TwoLosses; " in error.value.message
+    assert error.value.hint == "mend 'bad' of TwoLosses, or train without it"
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_no_plugin_is_blamed_for_what_the_model_made(config: Config, policy: str) -> None:
+    config["training"]["on_not_finite"] = policy
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(TwoLosses(99))  # its losses come of the logits
+    trainer.register_hook(Poison("weight", math.nan, 6))
+    with pytest.raises(NotFiniteError) as error:
+        trainer.train()
+    assert "TwoLosses" not in str(error.value)
+    assert error.value.hint == "lower training.learning_rate, or set training.gradient_clip"
 
 
 def test_a_run_never_ends_well_with_weights_that_are_not(config: Config) -> None:

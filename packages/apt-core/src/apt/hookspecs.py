@@ -98,6 +98,10 @@ Failure has two kinds. A hook marked *observer* only looks: if it raises, the ot
 the run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and
 so is every hook of a provider in use: under `on_plugin_error: drop` training goes on without it, said aloud and
 recorded; under `stop` the run saves and ends.
+
+A hook that takes longer than a minute is named aloud, and waited for: a signal that comes twice ends the run at once.
+A loss of `extra_losses` that is NaN or infinite is named with its plugin, and goes the way of
+`training.on_not_finite`. `trainer.config` is frozen to its bottom: whoever tries to change it gets an error.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apt.core.errors import NotFiniteError
 from apt.training.state import take_back
+from apt.training.step import Loss
 
 if TYPE_CHECKING:
     from apt.training.trainer import Trainer
@@ -55,23 +56,35 @@ class FiniteGuard:
     def __init__(self, policy: str) -> None:
         self.policy = policy
         self._skipped = self._rollbacks = 0
+        self._culprits = ""
 
-    def wrong_in_step(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> str:
+    def wrong_in_step(self, trainer: Trainer, loss: Loss, parameters: Sequence[nn.Parameter]) -> str:
         """What of a step, its gradients complete, is not finite; "" if nothing is, and under `stop`."""
         if self.policy == "stop":
             return ""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        wrong = (
-            "" if bool(torch.isfinite(norm + loss)) else "the gradients" if bool(torch.isfinite(loss)) else "the loss"
-        )
+        wrong = "" if bool(torch.isfinite(norm + loss.total)) else self.of_losses(trainer, [loss]) or "the gradients"
         self._skipped = self._skipped + 1 if wrong else 0
         return wrong
+
+    def of_losses(self, trainer: Trainer, losses: Iterable[Loss]) -> str:
+        """What to say of the first of `losses` that is not finite, and of the plugins that made it so, which is certain
+        where the cross-entropy is finite; "" if all are."""
+        for loss in losses:
+            if bool(torch.isfinite(loss.total)):
+                continue
+            own = bool(torch.isfinite(loss.cross_entropy))
+            wrong = [name for name, part in loss.parts.items() if own and not bool(torch.isfinite(part))]
+            plugins = {name: trainer.plugin_of_loss.get(name.removeprefix("extra."), "the model") for name in wrong}
+            self._culprits = ", ".join(f"{name!r} of {plugin}" for name, plugin in plugins.items())
+            return "the loss" + (f", by {self._culprits}" if wrong else "")
+        return ""
 
     def wrong_in_state(self, trainer: Trainer) -> str:
         """What of a run between two steps is not finite and must not be saved; "" if nothing is."""
         if not trainer.window.is_finite():
-            return "the loss"
+            return self.of_losses(trainer, trainer.window.losses)
         if not all_finite(trainer.model.parameters()):
             return "the weights"
         state = [value for values in trainer.optimizer.state.values() for value in values.values()]
@@ -123,5 +136,7 @@ class FiniteGuard:
             tried = f", after {self._rollbacks} returns to the last checkpoint"
         return NotFiniteError(
             f"not finite at step {trainer.step}{tried}: {wrong}; {kept}",
-            hint="lower training.learning_rate, or set training.gradient_clip",
+            hint=f"mend {self._culprits}, or train without it"
+            if self._culprits and self._culprits in wrong
+            else "lower training.learning_rate, or set training.gradient_clip",
         )

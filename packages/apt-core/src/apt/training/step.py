@@ -26,6 +26,8 @@ class Loss:
 
     total: Tensor
     """What was minimised: nats per token, extra losses included."""
+    cross_entropy: Tensor
+    """What of it is the model's own."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """The extra losses by name; empty where there are none."""
 
@@ -58,12 +60,13 @@ class BatchLoss(nn.Module):
         self.autocast = autocast
         self.extra_losses = extra_losses
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise, 0-d, nats per token; and what of it is no cross-entropy, by name, detached."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What to minimise, 0-d, nats per token; what of it is cross-entropy; and what is not, by name. The last two
+        are detached."""
         parts: dict[str, Tensor] = {}
         with self.autocast:
             output = self.model(batch.tokens, **batch.context)
-            total = cross_entropy(output.logits, batch.targets)
+            own = total = cross_entropy(output.logits, batch.targets)
             if output.aux_loss is not None:
                 parts["aux_loss"] = output.aux_loss
             if self.extra_losses is not None:
@@ -77,7 +80,7 @@ class BatchLoss(nn.Module):
                     parts[free_name(parts, name)] = part
         for part in parts.values():
             total = total + part
-        return total, {name: part.detach() for name, part in parts.items()}
+        return total, own.detach(), {name: part.detach() for name, part in parts.items()}
 
 
 def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], world: World | None = None) -> Loss:
@@ -90,15 +93,16 @@ def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], 
         world: the processes, over which the loss that is returned is still to be averaged.
     """
     world = world or World()
-    loss = Loss(torch.zeros(()))
+    loss = Loss(torch.zeros(()), torch.zeros(()))
     for batch, share in zip(micro_batches, _shares(micro_batches, world), strict=True):
         is_last = batch is micro_batches[-1]
         with nullcontext() if is_last else getattr(batch_loss, "no_sync", nullcontext)():
-            total, parts = batch_loss(batch)
+            total, own, parts = batch_loss(batch)
             if len(micro_batches) * world.size > 1:
                 total = total * share
             total.backward()
         loss.total = total.detach() if batch is micro_batches[0] else loss.total + total.detach()
+        loss.cross_entropy = loss.cross_entropy + own * share
         for name, part in parts.items():
             scaled = part * share
             loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled

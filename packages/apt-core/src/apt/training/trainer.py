@@ -135,6 +135,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.evaluated_step = -1
         self.carried_states: dict[str, Any] = {}
+        self.plugin_of_loss: dict[str, str] = {}
         self.epoch_closed = True
         self._guard = FiniteGuard(self.config.training.on_not_finite)
         self._stop = StopRequest()
@@ -183,6 +184,7 @@ class Trainer:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self.world.unhurried())
+                stack.enter_context(self.hooks.watched())
                 self.world.meet()
                 self.hooks.call("on_config_resolved", config=self.config)
                 self._build_parts(stack)
@@ -244,7 +246,7 @@ class Trainer:
             loss = accumulate_gradients(self._loss, batch.split(self._micro_batches), self.world)
         loss.total = self.world.mean(loss.total)
         self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
-        wrong = self._guard.wrong_in_step(loss.total, self._parameters)
+        wrong = self._guard.wrong_in_step(self, loss, self._parameters)
         norm = None if wrong else self._update()
         self.step, self.batch_index, self._updating = step + 1, self.batch_index + 1, False
         self._rng_before_step = None
@@ -282,10 +284,11 @@ class Trainer:
         """A record of the steps since the last one, if there are any."""
         if not self.window:
             return
+        losses = self.window.losses
         facts = mean_of(self.world, self.window.close())
         facts["learning_rate"] = learning_rate(self.step - 1, self.total_steps, self.config.training)
         if wrong := not_finite(facts):
-            raise self._guard.error(self, ", ".join(wrong))
+            raise self._guard.error(self, self._guard.of_losses(self, losses) or ", ".join(wrong))
         self._record("train", facts)
 
     def _evaluate(self, *, answers: bool = False) -> bool:
@@ -353,10 +356,12 @@ class Trainer:
             "extra_losses", trainer=self, batch=batch, logits=logits, targets=targets, model_state=model_state
         )
         for plugin, result in results:
-            if isinstance(result, Mapping) and all(isinstance(v, Tensor) and v.ndim == 0 for v in result.values()):
-                losses |= {name if name not in losses else f"{plugin}.{name}": loss for name, loss in result.items()}
+            if _are_losses(result):
+                own = {name if name not in losses else f"{plugin}.{name}": loss for name, loss in result.items()}
+                losses |= own
+                self.plugin_of_loss |= dict.fromkeys(own, plugin)
             else:
-                self.hooks.report(plugin, "extra_losses", TypeError("it must return a dict of 0-d tensors"))
+                self.hooks.report(plugin, "extra_losses", TypeError("it must return a dict of 0-d tensors by name"))
         return losses
 
     # Building
@@ -537,6 +542,14 @@ class Trainer:
         except Exception as failed:
             self.logger.error("the last save failed: %s", failed, exc_info=failed)
             warnings.warn(f"the last save failed: {failed}", AptWarning, stacklevel=3)
+
+
+def _are_losses(result: object) -> bool:
+    """Whether a plugin has returned what can be added to the loss: real numbers, 0-d, each with a name."""
+    return isinstance(result, Mapping) and all(
+        isinstance(name, str) and isinstance(loss, Tensor) and loss.ndim == 0 and not loss.is_complex()
+        for name, loss in result.items()
+    )
 
 
 def _refuse_quantised(config: RunConfig) -> None:

@@ -26,24 +26,22 @@ class Window:
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
-        self._losses: list[Tensor] = []
-        self._parts: dict[str, list[Tensor]] = {}
+        self.losses: list[Loss] = []
+        """Those of the steps gathered."""
         self._norm: Tensor | None = None
         self._started = time.perf_counter()
 
     def __bool__(self) -> bool:
-        return bool(self._losses)
+        return bool(self.losses)
 
     def add(self, loss: Loss, norm: Tensor | None) -> None:
         """One more step, with the norm of its gradients."""
-        self._losses.append(loss.total)
-        for name, part in loss.parts.items():
-            self._parts.setdefault(name, []).append(part)
+        self.losses.append(loss)
         self._norm = norm
 
     def is_finite(self) -> bool:
         """Whether the losses gathered are; waits for the device."""
-        return not self._losses or bool(torch.isfinite(torch.stack(self._losses)).all())
+        return not self.losses or bool(torch.isfinite(torch.stack([loss.total for loss in self.losses])).all())
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -57,10 +55,14 @@ class Window:
     def close(self) -> dict[str, float]:
         """The means over the steps gathered, the last gradient norm, and the speed; starts anew."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        record = {"loss": _mean(self._losses), "tokens_per_second": round(self.tokens / seconds)}
+        record = {
+            "loss": _mean([loss.total for loss in self.losses]),
+            "tokens_per_second": round(self.tokens / seconds),
+        }
         if self._norm is not None:
             record["grad_norm"] = self._norm.item()
-        for name, parts in self._parts.items():
+        for name in dict.fromkeys(name for loss in self.losses for name in loss.parts):
+            parts = [loss.parts[name] for loss in self.losses if name in loss.parts]
             record[free_name(record, name)] = _mean(parts)
         self._clear()
         return record
@@ -68,10 +70,10 @@ class Window:
     @property
     def tokens(self) -> int:
         """How many tokens the steps gathered were trained on."""
-        return len(self._losses) * self._tokens_per_step
+        return len(self.losses) * self._tokens_per_step
 
     def _clear(self) -> None:
-        self._losses, self._parts, self._norm = [], {}, None
+        self.losses, self._norm = [], None
         self._started = time.perf_counter()
 
 
