@@ -167,3 +167,57 @@ def test_what_to_install_for_a_checkpoint_is_said_exactly(
     assert run_apt("inspect", "runs/small-1").code == 0
     other = train("--training.max_steps", "4", f"--{key}", "default" if kind == "ffn" else "null")
     assert other.code == 2 and f"this run was built with {kind}:{name} 0.3 (apt-own 3.1)" in other.err
+
+
+# Older ones
+
+
+def provided() -> dict[str, str]:
+    return {"own_plugin": PROVIDES.format(kind="ffn", name="own_ffn", module="own_ffn_module"), "own_ffn_module": FFN}
+
+
+def test_a_provider_of_an_older_distribution_is_refused_and_its_weights_can_be_used(
+    make_distribution: MakeDistribution, run_apt: RunApt, train: Callable[..., Result], tmp_path: Path
+) -> None:
+    def install(version: str) -> Path:
+        return make_distribution("apt-own", version, plugins={"own": "own_plugin"}, modules=provided())
+
+    site = install("3.1")
+    assert train("--model.ffn_name", "own_ffn").code == 0
+    run = tmp_path / "runs/small-1"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    uninstall(site), install("3.0.9")
+    assert train("--training.max_steps", "4") == (
+        2,
+        "",
+        "error: this run was made with apt-own 3.1, and 3.0.9 is here, which is older\n"
+        '  fix: pip install "apt-own>=3.1", or start a new run; the weights alone can be used as they are\n',
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.log"} == {
+        path: data for path, data in before.items() if path.name != "run.log"
+    }
+    assert run_apt("eval", str(run), "--batches", "1").code == 0
+    uninstall(site), install("3.10")
+    assert train("--training.max_steps", "4").code == 0, "versions are no strings"
+
+
+def test_of_those_that_listen_only_what_they_kept_has_an_age(
+    make_distribution: MakeDistribution, train: Callable[..., Result]
+) -> None:
+    silent = HEAD + "@hookimpl\ndef on_step_end(step):\n    pass\n"
+
+    def install(version: str) -> Path:
+        make_distribution("apt-silent", version, plugins={"silent": "silent_plugin"}, modules={"silent_plugin": silent})
+        return make_distribution(
+            "apt-seen", version, plugins={"seen": "seen_plugin"}, modules={"seen_plugin": OBSERVER}
+        )
+
+    site = install("2.0")
+    assert train().code == 0
+    uninstall(site), install("2.0rc1")
+    result = train("--training.max_steps", "4")
+    assert result.code == 2 and "this run was made with apt-seen 2.0, and 2.0rc1 is here" in result.err
+    assert "apt-silent" not in result.err
+    assert train("--training.max_steps", "4", "--no-plugin", "seen").code == 0, "its state is carried"
+    uninstall(site), install("odd")
+    assert train("--training.max_steps", "6").code == 0, "what is no version has no age"

@@ -157,6 +157,52 @@ def check_lock(old: Mapping[str, Any], slots: Iterable[Slot], kinds: Container[s
     return notes
 
 
+def check_age(
+    lock: Mapping[str, Any], slots: Iterable[Slot], plugins: Iterable[Plugin], states: Container[str]
+) -> None:
+    """Refuse distributions that are older than those a run was made with: they may not read what the newer ones kept.
+
+    Args:
+        lock: what `read_lock` returned.
+        slots: the providers that the run would go on with.
+        plugins: those that are here.
+        states: the plugins that the run's checkpoint holds something of; what age the others are of is no matter.
+
+    Raises:
+        CheckpointError: one of them is older, or several.
+    """
+    claims = {(slot.kind, slot.name): slot.registration for slot in slots if slot.kind not in ONLOOKERS}
+    here = {plugin.name: plugin for plugin in plugins if plugin.loaded}
+    older: dict[str, str] = {}
+
+    def compare(distribution: str | None, before: str | None, now: str | None) -> None:
+        if before and now and _is_older(now, before):
+            older[f'"{distribution}>={before}"'] = f"{distribution} {before}, and {now} is here, which is older"
+
+    for record in lock["slots"]:
+        claim = claims.get((record["kind"], record["name"]))
+        if claim and claim.distribution == record["distribution"]:
+            compare(claim.distribution, record["distribution_version"], claim.distribution_version)
+    for record in lock["plugins"]:
+        plugin = here.get(record["name"])
+        if plugin and plugin.distribution == record["distribution"] and plugin.name in states:
+            compare(plugin.distribution, record["version"], plugin.version)
+    if older:
+        raise CheckpointError(
+            f"this run was made with {'; and with '.join(older.values())}",
+            hint=f"pip install {' '.join(older)}, or start a new run; the weights alone can be used as they are",
+        )
+
+
+def _is_older(version: str, than: str) -> bool:
+    from packaging.version import InvalidVersion, Version  # not at the top: listing plugins needs none
+
+    try:
+        return Version(version) < Version(than)
+    except InvalidVersion:
+        return False
+
+
 def requirements_of(lock: Mapping[str, Any]) -> dict[tuple[str, str], str | None]:
     """{(kind, name): requirement} of the providers that a run cannot do without, such as "apt-plugin-moe==2.0.0"; None
     for one that no distribution brought."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from apt.checkpoint.background import BackgroundSaver
 from apt.checkpoint.durable import cannot_write, replace
 from apt.checkpoint.lock import (
+    check_age,
     check_frozen,
     check_lock,
     read_lock,
@@ -427,8 +428,10 @@ class Trainer:
         self.store = CheckpointStore(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
         self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous)
         if self.lock:
+            checkpoint = self.store.load()
+            check_age(self.lock, slots, self.plugins.found, checkpoint.plugins)
             check_lock(self.lock, slots)
-            restore(self, self.store.load())
+            restore(self, checkpoint)
             if len(found := set(self.world.gather(self.step))) > 1:
                 raise CheckpointError(
                     f"the processes find different checkpoints in {self.run.checkpoints}: of steps {sorted(found)}",
