@@ -1,5 +1,5 @@
 """Small runs in processes of their own, forked from one that has imported everything, so that each takes a fraction of
-a second; and what their ends are compared by."""
+a second; what their ends are compared by; and a row of the table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import importlib
 import os
 import shutil
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ KILLED = -signal.SIGKILL
 
 
 @dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    tried: int = 0
+    survived: int = 0
+    worst: int = 0
+    """Steps lost at most, since the fault."""
+    wrong: list[str] = field(default_factory=list)
+    skipped: str = ""
+    """Why it cannot be tried here."""
+
+    def add(self, point: str, problem: str, lost: int = 0) -> None:
+        self.tried += 1
+        self.survived += not problem
+        self.worst = max(self.worst, lost)
+        if problem:
+            self.wrong.append(f"{self.name}, {point}: {problem}")
+
+
+@dataclass
 class Lab:
     """
     Args:
@@ -34,12 +56,20 @@ class Lab:
         every: steps between checkpoints.
         steps: of a whole run; an epoch has 6.
         asynchronous: how checkpoints are written.
+        keep_last: how many of the newest are kept.
+        workers: threads that make batches.
+        accumulation: micro-batches of a step, which has the same rows for any number.
+        pause: seconds that each step takes beside its own work.
     """
 
     folder: Path
     every: int = 2
     steps: int = 12
     asynchronous: bool = True
+    keep_last: int = 2
+    workers: int = 0
+    accumulation: int = 1
+    pause: float = 0.0
 
     def config(self) -> dict[str, Any]:
         text = self.folder / "text.txt"
@@ -49,13 +79,18 @@ class Lab:
             "name": "fault",
             "plugins": [],
             "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
-            "data": {"train_path": str(text), "cache_dir": str(self.folder / "cache")},
-            "training": {"max_epochs": 999, "max_steps": self.steps, "batch_size": 8, "log_every": 2},
-            "checkpoint": {"every": self.every, "keep_last": 2, "asynchronous": self.asynchronous},
+            "data": {"train_path": str(text), "cache_dir": str(self.folder / "cache"), "workers": self.workers},
+            "training": {
+                "max_epochs": 999, "max_steps": self.steps, "log_every": 2,
+                "batch_size": 8 // self.accumulation, "gradient_accumulation": self.accumulation,
+            },
+            "checkpoint": {"every": self.every, "keep_last": self.keep_last, "asynchronous": self.asynchronous},
             "hardware": {"device": "cpu"},
-        }
+        }  # fmt: skip
 
-    def train(self, run: Path, until: int | None = None, faults: FaultyFiles | None = None) -> tuple[int, str]:
+    def train(
+        self, run: Path, until: int | None = None, faults: FaultyFiles | None = None, *hooks: object
+    ) -> tuple[int, str]:
         """Begin or go on with a run, up to its end or to a step; returns the exit code (minus the signal that killed
         it) and what was said in the end."""
 
@@ -63,7 +98,8 @@ class Lab:
             folder = RunFolder(run)
             resume = folder if folder.holds_a_run() else None
             trainer = Trainer(self.config(), quiet=True, run_dir=None if resume else run, resume=resume)
-            trainer.register_hook(Progress(self.progress(run), until))
+            for hook in (Progress(self.progress(run), until, self.pause), *hooks):
+                trainer.register_hook(hook)
             if faults is not None:
                 faults.install()
             trainer.train()
@@ -86,6 +122,16 @@ class Lab:
         self.progress(target).write_text(str(self.steps_done(base)))
         return target
 
+    def finish(self, run: Path, whole: str) -> str:
+        """Go on with a run to its end, which is to be `whole`; says what was wrong with that, "" if nothing."""
+        code, said = self.train(run)
+        if code != 0:
+            return f"the resumed run ends with {code}: {said}"
+        if end_of(run) != whole:
+            return "the end is another one"
+        strays = [path.name for path in RunFolder(run).checkpoints.iterdir() if not path.name[5:].isdigit()]
+        return f"{strays} is left" if strays else ""
+
     def remove(self, run: Path) -> None:
         shutil.rmtree(run)
         self.progress(run).unlink(missing_ok=True)
@@ -94,32 +140,38 @@ class Lab:
 class Progress:
     """Notes the steps that are done, and stops the run after a given one, as SIGTERM does."""
 
-    def __init__(self, path: Path, until: int | None) -> None:
-        self.path, self.until = path, until
+    def __init__(self, path: Path, until: int | None, pause: float) -> None:
+        self.path, self.until, self.pause = path, until, pause
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT)
 
     def on_step_end(self, step: int) -> None:
         os.pwrite(self.file, f"{step + 1:<9}".encode(), 0)
         if step + 1 == self.until:
             signal.raise_signal(signal.SIGTERM)
+        time.sleep(self.pause)
 
 
-def in_a_child(work: Callable[[], None], said: Path) -> tuple[int, str]:
-    """Run `work` in a forked process: the exit code as the command line would give it, and the message of its end."""
+def in_a_child(work: Callable[[], int | None], said: Path, shown: Path | str = os.devnull) -> tuple[int, str]:
+    """Run `work` in a forked process: the exit code that it returns or the command line would give it, and the message
+    of its end.
+
+    Args:
+        said: a file to pass the message through.
+        shown: where goes what the process prints.
+    """
     said.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         code = 1
         try:
             # What the child prints is in nobody's way; the message is.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1), os.dup2(null, 2)
+            output = os.open(shown, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2)
             warnings.simplefilter("ignore", AptWarning)
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they may be ignored where the suite itself was started
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
             try:
-                work()
-                code = 0
+                code = work() or 0
             except AptError as error:
                 said.write_text(str(error))
                 code = error.exit_code

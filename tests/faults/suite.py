@@ -11,43 +11,28 @@ import argparse
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from faulty_files import FaultyFiles
-from lab import KILLED, Lab, end_of, in_a_child, last_good, prepare_process
+from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
+from resuming import PLACES, clock, consecutive, fewer, killed, position
 
 from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError
 from apt.core.runs import RunFolder
 
 SMOKE_POINTS = 5
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    name: str
-    tried: int = 0
-    survived: int = 0
-    worst: int = 0
-    """Steps lost at most, since the fault."""
-    wrong: list[str] = field(default_factory=list)
-
-    def add(self, point: str, problem: str, lost: int = 0) -> None:
-        self.tried += 1
-        self.survived += not problem
-        self.worst = max(self.worst, lost)
-        if problem:
-            self.wrong.append(f"{self.name}, {point}: {problem}")
+PAGE = 4096
+NEEDED = "bytes are needed"
 
 
 def points(last: int, smoke: bool) -> Iterator[int]:
@@ -64,6 +49,7 @@ def points(last: int, smoke: bool) -> Iterator[int]:
 def kills(lab: Lab, fault: str, smoke: bool) -> Row:
     """Die at every file operation of a run that saves three times, with rotation; go on; end as if nothing had been."""
     way = "in the background" if lab.asynchronous else "in line"
+    way += ", steps longer than a save" if lab.pause else ""
     row = Row({"kill": "SIGKILL", "torn": "SIGKILL in mid-write", "power": "power cut"}[fault] + f", saving {way}")
     base, whole, watched, operations = rotation(lab)
     for nth in points(operations, smoke):
@@ -80,8 +66,11 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
         problem = f"exit {code}, not killed: {said}" if code != KILLED else ""
         if good is None:
             problem = problem or "no checkpoint is left"
-        problem = problem or finish(lab, run, whole)
-        row.add(f"operation {nth}", problem, done - (good or 0))
+        lost = done - (good or 0)
+        if lost > (2 if lab.asynchronous else 1) * lab.every:
+            problem = problem or f"{lost} steps are lost"
+        problem = problem or lab.finish(run, whole)
+        row.add(f"operation {nth}", problem, lost)
         lab.remove(run)
     return row
 
@@ -114,17 +103,6 @@ def rotation(lab: Lab) -> tuple[Path, str, Callable[[Path], Path], int]:
     return base, end_of(whole), watched, int(counted.read_text())
 
 
-def finish(lab: Lab, run: Path, whole: str) -> str:
-    """Go on with a run to its end; says what was wrong with that, "" if nothing."""
-    code, said = lab.train(run)
-    if code != 0:
-        return f"the resumed run ends with {code}: {said}"
-    if end_of(run) != whole:
-        return "the end is another one"
-    strays = [path.name for path in RunFolder(run).checkpoints.iterdir() if not path.name[5:].isdigit()]
-    return f"{strays} is left" if strays else ""
-
-
 def cut_power(ledger: Path) -> None:
     """What was written and not synced is empty after the power has gone."""
     for line in ledger.read_text().splitlines() if ledger.exists() else []:
@@ -150,7 +128,7 @@ def chain(lab: Lab, links: int) -> Row:
         good = last_good(run)
         problem = f"exit {code}: {said}" if code != KILLED else "" if good is not None else "no checkpoint is left"
         row.add(f"link {killed}", problem, max(lab.steps_done(run), before) - (good or 0))
-    problem = finish(lab, run, end_of(whole))
+    problem = lab.finish(run, end_of(whole))
     if killed < links:
         problem = f"the run was over after {killed} kills"
     if problem:
@@ -176,7 +154,7 @@ def signals(lab: Lab, name: str) -> Row:
             problem = "" if right else f"exit {code} and not {expected}: {said}"
             if fault == name and lost:
                 problem = problem or f"{lost} steps are lost"
-            problem = problem or finish(lab, run, whole)
+            problem = problem or lab.finish(run, whole)
             row.add(f"{fault} at operation {nth}", problem, lost)
             lab.remove(run)
     return row
@@ -188,7 +166,7 @@ def signals(lab: Lab, name: str) -> Row:
 def errors(lab: Lab, fault: str, smoke: bool) -> Row:
     """The disk fails at every file operation: the run says so or does without, what was saved stays, and once the disk
     works again the run goes on to the same end."""
-    row = Row(f"{fault} at a file operation")
+    row = Row(f"{fault} at a file operation, saving {'in the background' if lab.asynchronous else 'in line'}")
     base, whole, watched, operations = rotation(lab)
     for nth in points(operations, smoke):
         run = lab.copy(base, "victim")
@@ -198,15 +176,58 @@ def errors(lab: Lab, fault: str, smoke: bool) -> Row:
             problem = f"exit {code}: {said}"
         elif code == 2 and (str(run) not in said or "\n" in said):
             problem = f"the message does not name the path: {said}"
-        elif code == 2 and fault == "ENOSPC" and "checkpoints" in said and "bytes are needed" not in said:
+        elif code == 2 and fault == "ENOSPC" and "checkpoints" in said and NEEDED not in said:
             problem = f"the message does not say how much is needed: {said}"
         good = last_good(run)
         if good is None:
             problem = problem or "no checkpoint is left"
         lost = lab.steps_done(run) - (good or 0)
-        problem = problem or finish(lab, run, whole)
+        problem = problem or lab.finish(run, whole)
         row.add(f"operation {nth}", problem, lost)
         lab.remove(run)
+    return row
+
+
+def small_disk(lab: Lab, smoke: bool) -> Row:
+    """A file system of its own fills up, a page earlier from time to time, while a run saves on it."""
+    row = Row(f"a tmpfs runs full, saving {'in the background' if lab.asynchronous else 'in line'}")
+    whole, base, disk = lab.folder / "whole", lab.folder / "base", lab.folder / "disk"
+    assert lab.train(whole)[0] == 0
+    assert lab.train(base, until=lab.steps // 2)[0] == 143
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        row.skipped = mounted.stderr.strip()
+        return row
+    try:
+        saved = max(RunFolder(base).checkpoints.iterdir())
+        pages = sum(-(-path.stat().st_size // PAGE) for path in saved.iterdir()) + 16  # logs and locks as well
+        for free in points(pages, smoke):
+            run = disk / "victim"
+            shutil.copytree(base, run)
+            lab.progress(run).write_text(f"{lab.steps_done(base):<9}")
+            ballast = disk / "ballast"
+            with ballast.open("wb") as file:
+                file.write(bytes(max(shutil.disk_usage(disk).free - free * PAGE, 0)))
+            code, said = lab.train(run)
+            good = last_good(run)
+            problem = ""
+            if code == 2 and (str(run) not in said or "\n" in said or ("checkpoints" in said and NEEDED not in said)):
+                problem = f"the message lacks the path or the bytes: {said}"
+            elif code == 2 and good is None:
+                problem = "no checkpoint is left"
+            elif code not in (0, 2):
+                problem = f"exit {code}: {said}"
+            if any(path.suffix == ".tmp" for path in RunFolder(run).checkpoints.iterdir()):
+                problem = problem or "what was begun is left"
+            ballast.unlink()
+            lost = lab.steps_done(run) - (good or 0)
+            row.add(f"{free} pages free", problem or lab.finish(run, end_of(whole)), lost)
+            lab.remove(run)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
     return row
 
 
@@ -275,7 +296,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         return [lambda way=way: kills(lab(fault, asynchronous=way), fault, smoke) for way in ways]  # type: ignore[misc]
 
     return {
-        "kill": killing("kill"),
+        "kill": [*killing("kill"), lambda: kills(lab("slow", pause=0.05), "kill", smoke)],
         "torn": killing("torn"),
         "power": killing("power"),
         "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
@@ -285,8 +306,20 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for way in (ways if name == "SIGTERM" or not smoke else ())
         ],
         "errors": [
-            lambda fault=fault: errors(lab(fault, asynchronous=False), fault, smoke)  # type: ignore[misc]
+            lambda fault=fault, way=way: errors(lab(fault, asynchronous=way), fault, smoke)  # type: ignore[misc]
             for fault in ("ENOSPC", "EIO", "EROFS")
+            for way in ways
+        ],
+        "disk": [lambda way=way: small_disk(lab("disk", asynchronous=way), smoke) for way in ways],  # type: ignore[misc]
+        "positions": [
+            lambda place=place: position(lab("positions", accumulation=2), place, smoke)  # type: ignore[misc]
+            for place in PLACES
+        ],
+        "worlds": [lambda: fewer(lab("fewer"), smoke), lambda: killed(lab("killed"), smoke)],
+        "clock": [lambda: clock(lab("clock"))],
+        "kept": [
+            lambda way=way: consecutive(lab("kept", asynchronous=way, every=1, keep_last=99))  # type: ignore[misc]
+            for way in ways
         ],
         "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
     }
@@ -311,7 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row = experiment()
                 seconds = time.monotonic() - started
                 wrong += row.wrong
-                print(f"| {row.name} | {row.survived} | {row.tried} | {row.worst} | {seconds:.0f} |", flush=True)
+                if row.skipped:
+                    print(f"| {row.name} | not run: {row.skipped} | | | |", flush=True)
+                else:
+                    print(f"| {row.name} | {row.survived} | {row.tried} | {row.worst} | {seconds:.0f} |", flush=True)
     print(*wrong[:50], sep="\n", end="\n" if wrong else "")
     return int(bool(wrong))
 
