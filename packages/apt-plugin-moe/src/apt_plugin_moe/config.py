@@ -33,7 +33,7 @@ class MoEConfig(BaseModel):
     """Step of the balancing without a loss (DeepSeek-V3, 2024, section 2.1.2): after each step, an expert's bias, which
     takes part in the choice and not in the weights, rises by this where its load was below the mean and falls where it
     was above. 0.001 there, with `balance_loss: 0`."""
-    shared_experts: Annotated[int, Field(ge=0)] = 0
+    shared_experts: Annotated[int, Field(ge=0, le=65536)] = 0
     """Experts that every token visits, beside its k; the output is then the mean of these and of the routed sum."""
 
     @model_validator(mode="after")

@@ -138,7 +138,7 @@ def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
             elsewhere(message, category, *place, **more)
         elif str(message) not in shown:
             shown.add(str(message))
-            print(f"warning: {message}", file=sys.stderr)
+            _say(f"warning: {message}")
 
     return show
 
@@ -152,17 +152,24 @@ def _tell(error: Exception) -> int:
         return error.exit_code if isinstance(error, AptError) else 1
     if isinstance(error, AptError):
         ended_by_signal = error.exit_code > 128
-        print(f"{'' if ended_by_signal else 'error: '}{error.message}", file=sys.stderr)
+        _say(f"{'' if ended_by_signal else 'error: '}{error.message}")
         if error.hint:
-            print(error.hint if ended_by_signal else f"  fix: {error.hint}", file=sys.stderr)
+            _say(error.hint if ended_by_signal else f"  fix: {error.hint}")
         return error.exit_code
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}", file=sys.stderr)
+        _say(f"error: {error.strerror}{where}")
         return 2
     text = f"{type(error).__name__}: {error}".partition("\n")[0]
-    print(f"internal error: {text}; run again with --debug and report what it shows", file=sys.stderr)
+    _say(f"internal error: {text}; run again with --debug and report what it shows")
     return 1
+
+
+def _say(text: str) -> None:
+    """To standard error, without what would steer the terminal: messages quote what files and their names hold."""
+    from apt.cli.screen import CONTROLS
+
+    print(text.translate(CONTROLS), file=sys.stderr)
 
 
 def _is_first() -> bool:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
+"""What a model, a file or its name may hold and a terminal would obey."""
 
 
 def heading(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt.cli.run_commands import of_the_run
+from apt.cli.screen import CONTROLS
 from apt.core.errors import AptError, ConfigError, DataError
 from apt.core.runs import find_run
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from apt.core.providers.voter import VoterProvider
     from apt.inference.chat import Chat
     from apt.inference.rows import Completion, Vote
-
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""What a model may write and a terminal would obey."""
 
 BETWEEN = "---"
 """The line between several texts."""

@@ -16,6 +16,10 @@ from apt.core.frozen import frozen
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(gt=0, le=2**24)]
+"""Of a tensor: far beyond any model, and small enough for sums with it to come to an end."""
+Heads = Annotated[int, Field(gt=0, le=2**16)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -48,17 +52,17 @@ class ModelConfig(OpenSection):
     backbone: Literal["gpt", "encdec"] = "gpt"
     """How the parts are put together: `gpt` continues texts; `encdec`, an encoder-decoder, writes the target that goes
     with a source."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Side | None = None
     """Rows of the embedding; taken from the tokenizer if left out."""
-    max_seq_len: PositiveInt = 256
+    max_seq_len: Side = 256
     """Longest context, in tokens; training uses blocks of this length."""
-    d_model: PositiveInt = 256
+    d_model: Side = 256
     """Width of the residual stream."""
-    num_heads: PositiveInt = 4
-    num_layers: PositiveInt = 4
-    num_encoder_layers: PositiveInt | None = None
+    num_heads: Heads = 4
+    num_layers: Layers = 4
+    num_encoder_layers: Layers | None = None
     """Layers of the encoder of `encdec`, beside the `num_layers` of its decoder; as many if left out."""
-    d_ff: PositiveInt | None = None
+    d_ff: Side | None = None
     """Width of the FFN's hidden layer; 4 * d_model if left out."""
     attention_name: str = "tva_default"
     ffn_name: str = "default"
@@ -120,7 +124,7 @@ class DataConfig(OpenSection):
     """The field or column of .jsonl and .parquet that holds the text."""
     tokenizer: str = "byte"
     """`byte`, `char`, `bpe`, another tokenizer provider, or the path of a tokenizer.json."""
-    vocab_size: PositiveInt = 4096
+    vocab_size: Side = 4096
     """Size of the vocabulary that `bpe` learns."""
     answers_path: str | None = None
     """A .jsonl file with "prompt" and "answer" in each line: how many are answered exactly is measured after each

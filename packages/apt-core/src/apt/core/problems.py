@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"
 MAX_SHOWN = 10
+MAX_NAME = 60
 
 Schema = dict[str, Any]
 
@@ -57,7 +58,12 @@ def locate(path: Path, origins: Mapping[Path, str]) -> str:
 
 def dotted(path: Path) -> str:
     """The path as it is written on the command line, list indices in brackets: model.moe.experts[0]."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{_readable(key)}" for key in path).removeprefix(".")
+
+
+def _readable(key: str) -> str:
+    """A key as messages show it: what is no name at all could fill the screen, or steer the terminal."""
+    return key if key.isprintable() and len(key) <= MAX_NAME else show(key)
 
 
 def validation_problems(
@@ -124,7 +130,7 @@ def show(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if value != value else ".inf" if value > 0 else "-.inf"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 3] + "..."
 
 
 def json_schema(model: type[BaseModel]) -> Schema:

@@ -126,15 +126,17 @@ def find_profile(name: str | os.PathLike[str], folder: FilePath = FilePath()) ->
         path = folder / text
         if path.is_file():
             return path
-        is_folder = path.is_dir()
+        is_folder, is_else = path.is_dir(), path.exists()
     except (OSError, ValueError):  # a name too long, or with NUL
-        is_folder = False
+        is_folder = is_else = False
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     stem = text.removesuffix(".yaml").removesuffix(".yml")
     if stem in shipped:
         return shipped[stem]
     if is_folder:
         raise ConfigError(f"profile {show(text)} is a folder", hint="give a .yaml file in it")
+    if is_else:
+        raise ConfigError(f"profile {show(text)} is a device or a pipe, not a file", hint="write it to a .yaml file")
     near = did_you_mean(FilePath(stem).name, shipped)
     hint = f"did you mean {near!r}? " if near else ""
     raise ConfigError(f"there is no profile {show(text)}", hint=f"{hint}give a path, or one of {', '.join(shipped)}")

@@ -19,6 +19,8 @@ MAX_BYTES = 256 * 1024
 MAX_LINE = 16 * 1024
 MAX_DEPTH = 50
 MAX_NODES = 10_000
+MAX_KEYS = 256
+"""Of one mapping; each key that is wrong is compared with all that are known."""
 MAX_DIGITS = 30
 
 Path = tuple[str | int, ...]
@@ -193,6 +195,8 @@ class _Builder:
             if key in mapping:
                 first = self.lines[*path, key]
                 raise self._error(event, f"the key {key!r} is given twice", f"line {first} has it already")
+            if len(mapping) == MAX_KEYS:
+                raise self._error(event, f"more than {MAX_KEYS} keys in one mapping")
             self.lines[*path, key] = event.start_mark.line + 1
             node = self._node(next(self.events), (*path, key), depth + 1)
             mapping[key] = node.value

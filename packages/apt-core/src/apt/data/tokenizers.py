@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt.core.cache import atomic_write, cache_dir
-from apt.core.config import PositiveInt, Section
+from apt.core.config import PositiveInt, Section, Side
 from apt.core.errors import AptWarning, ConfigError, DataError
 from apt.core.providers.dataset import Piece
 from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
@@ -200,7 +200,7 @@ class CharTokenizerProvider(_CoreTokenizerProvider):
 class BPEConfig(Section):
     """How many tokens are learnt."""
 
-    vocab_size: PositiveInt = 4096
+    vocab_size: Side = 4096
     """Ids, the 256 bytes and the end of a document included."""
     min_frequency: PositiveInt = 2
     """How often a pair must occur in the data to become a token."""
