@@ -238,7 +238,7 @@ def test_errors_of_the_text_come_through_as_they_are(tmp_path: Path) -> None:
         prepare(train_path=write(tmp_path / "a.txt", ""), tokenizer="byte")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "gone.txt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"folder cannot be read: .*gone\.txt"):
+    with pytest.raises(DataError, match=r"folder.gone\.txt cannot be read"):
         prepare(train_path=str(tmp_path / "folder"))
 
     class Unplugged(Poems):

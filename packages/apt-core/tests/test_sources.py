@@ -297,7 +297,7 @@ def test_what_the_system_does_not_let_us_read_is_told(tmp_path: Path, monkeypatc
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(readers, "open", denied, raising=False)
+    monkeypatch.setattr(readers, "open_file", denied)
     assert "Permission denied" in refused(path).message
     monkeypatch.setattr(Path, "is_dir", denied)
     assert "Permission denied" in refused(path).message

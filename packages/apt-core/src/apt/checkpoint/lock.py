@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt.checkpoint.durable import replace
 from apt.core.errors import AptWarning, CheckpointError, PluginError
+from apt.core.files import read_file
 from apt.core.in_use import Slot
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, unreadable, or of another format.
     """
     try:
-        lock = json.loads(path.read_bytes())
+        lock = json.loads(read_file(path))
         lock.setdefault("plugins", [])  # the first locks had none
         known = lock["format"] == FORMAT
         whole = not known or (

@@ -11,6 +11,7 @@ from typing import Any
 
 from apt.checkpoint.durable import sha256
 from apt.core.errors import AptWarning, CheckpointError
+from apt.core.files import read_file
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -49,7 +50,7 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises CheckpointError where it is missing, damaged or another one's."""
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         content = json.loads(data)
         del content["sha256"]
         whole = seal(content) == data

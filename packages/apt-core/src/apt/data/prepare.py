@@ -352,4 +352,5 @@ class _Text:
             self._progress(stage, done, total)
 
     def _unreadable(self, error: OSError) -> DataError:
-        return DataError(f"{self.label} cannot be read: {error}", hint="check that it is there and readable")
+        where, reason = error.filename or self.label, error.strerror or error
+        return DataError(f"{where} cannot be read: {reason}", hint="check that it is there and readable")

@@ -6,6 +6,7 @@ A .txt file may be larger than memory: it comes in pieces of a fixed size, cut a
 from __future__ import annotations
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apt.core.errors import DataError, did_you_mean
+from apt.core.files import open_file
 from apt.core.providers.dataset import Piece
 
 T = TypeVar("T")
@@ -24,6 +26,12 @@ PIECE_BYTES = 1 << 20
 """The tokens that `bpe` makes depend on where pieces are cut: another size is another version of the readers."""
 
 READERS_VERSION = 1
+
+MAX_LINE = 32 << 20
+"""Bytes of a line that is read as a whole: of .jsonl, and of pairs. It is held in memory several times over."""
+
+MAX_NAME = 40
+"""Letters of a field's name that a message shows."""
 
 Stat = tuple[int, int]
 """(bytes, time of the last change in ns): a file that is being written shows it here."""
@@ -105,8 +113,13 @@ def decoded_lines(path: Path, file: BufferedReader) -> Iterator[tuple[str, str]]
         DataError: the file is not text, or a line not UTF-8.
     """
     offset = 0
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
         where = f"{path}:{number}"
+        if len(line) > MAX_LINE:
+            raise DataError(
+                f"{where}: a line of more than {MAX_LINE >> 20} MiB",
+                hint="cut what it holds into several; a .txt file may be one document of any size",
+            )
         if number == 1:
             _refuse_binary(path, line)
             if line.startswith(_BOM):
@@ -141,11 +154,19 @@ def jsonl_texts(path: Path, file: BufferedReader, fields: Mapping[str, str]) -> 
         for key, name in fields.items():
             if name not in record:
                 raise DataError(f"{where}: no field {name!r}", hint=_field_hint(name, list(record), key))
+            if source.count(f'"{name}"') > 1 and _times_given(source, name) > 1:
+                raise DataError(f"{where}: the field {name!r} is given twice", hint="leave one of them")
             text = record[name]
             if not isinstance(text, str):
                 raise DataError(f"{where}: the field {name!r} holds {_kind_of(text)}, not text", hint=f"set {key}")
             texts.append(checked(text, where))
         yield where, texts
+
+
+def _times_given(source: str, name: str) -> int:
+    """How often an object has a key; json keeps the last of several and says nothing."""
+    pairs: list[tuple[str, Any]] = json.loads(source, object_pairs_hook=list)
+    return sum(key == name for key, _ in pairs)
 
 
 def _read_jsonl(path: Path, file: BufferedReader, text_field: str) -> Iterator[Piece]:
@@ -198,7 +219,7 @@ READERS: dict[str, Callable[[Path, BufferedReader, str], Iterator[Piece]]] = {
 def _opened(path: Path, expected: Stat | None) -> Iterator[tuple[BufferedReader, Stat]]:
     """The open file and what it is, which must be `expected`, and still be so when the block ends."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             stat = _stat(file)
             if expected is not None and stat != expected:
                 raise _changed(path)
@@ -206,7 +227,8 @@ def _opened(path: Path, expected: Stat | None) -> Iterator[tuple[BufferedReader,
             if _stat(file) != stat:
                 raise _changed(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint="check its permissions") from error
+        hint = "take it away, or write it to a file" if error.errno == errno.EINVAL else "check its permissions"
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
 
 
 def _stat(file: BufferedReader) -> Stat:
@@ -258,8 +280,9 @@ def _jsonl_hint(*fields: str) -> str:
 
 
 def _field_hint(wanted: str, present: list[str], key: str = "data.text_field") -> str:
-    near = did_you_mean(wanted, present)
-    shown = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "") or "none"
+    names = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..." for name in present[:1000]]
+    near = did_you_mean(wanted, names)
+    shown = ", ".join(names[:8]) + (", ..." if len(present) > 8 else "") or "none"
     return f"set {key} to one of: {shown}" + (f" (did you mean {near!r}?)" if near else "")
 
 

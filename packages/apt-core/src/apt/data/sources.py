@@ -103,6 +103,8 @@ class FilesDataset(DatasetProvider):
                 return [path]
             if path.exists():
                 raise DataError(f"{path} is neither a file nor a folder", hint=f"give a file ({kinds}) or a folder")
+            if path.is_symlink():
+                raise DataError(f"{path} is a link that leads nowhere", hint="give the file itself")
             raise DataError(f"{path} does not exist", hint=_missing_hint(path))
         except OSError as error:
             raise DataError(

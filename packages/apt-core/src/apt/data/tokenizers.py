@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt.core.cache import atomic_write, cache_dir
 from apt.core.config import PositiveInt, Section, Side
 from apt.core.errors import AptWarning, ConfigError, DataError
+from apt.core.files import read_file
 from apt.core.providers.dataset import Piece
 from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
 
@@ -34,6 +37,14 @@ NUL = "\0"
 BPE_EOS = "<|endoftext|>"
 EOS_NAMES = (BPE_EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>")
 """What the token that ends a document is called in the tokenizers in circulation, the likeliest first."""
+
+LONGEST_TRAINED, LONGEST_ENCODED = 1000, 1 << 20
+"""Letters without a space between them, or spaces without a letter, that are taken as one word. The time to learn from
+a word grows with the square of its length, the memory to number it with the length; and what the library cannot have
+ends the process."""
+
+LARGEST_FILE = 256 << 20
+"""Bytes of a tokenizer.json; those in circulation have up to 35 MB."""
 
 BPE_SMALLEST = 257
 """256 bytes and the end of a document."""
@@ -110,9 +121,11 @@ class HFTokenizer:
     def encode(self, text: str) -> Sequence[int]:
         # "fast" leaves out the offsets, which nobody reads: a third of the time.
         try:
-            ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            parts = list(_without_long_words(text, LONGEST_ENCODED))
+            found = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception for a word that it has no token for
             raise DataError(f"the tokenizer cannot encode the text: {error}", hint="take out what it lacks") from error
+        ids: list[int] = found[0].ids if len(found) == 1 else list(chain.from_iterable(part.ids for part in found))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -131,7 +144,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         DataError: it cannot be read, or holds no tokenizer.
     """
     try:
-        source = path.read_text(encoding="utf-8")
+        source = read_file(path, LARGEST_FILE).decode("utf-8")
         content = json.loads(source)
     except OSError as error:
         raise DataError(
@@ -258,7 +271,8 @@ class BPETokenizerProvider(_CoreTokenizerProvider):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((text for text, _ in pieces), trainer)
+        parts = (part for text, _ in pieces for part in _without_long_words(text, LONGEST_TRAINED))
+        tokenizer.train_from_iterator(parts, trainer)
         return tokenizer
 
 
@@ -277,6 +291,19 @@ class FileTokenizerProvider(_CoreTokenizerProvider):
 
     def build(self, pieces: Pieces) -> Tokenizer:
         return load_tokenizer(Path(self.config.path).expanduser())
+
+
+def _without_long_words(text: str, longest: int) -> Iterator[str]:
+    """`text` in parts, cut only inside words that are longer than `longest`; as it is, if it has none."""
+    start = 0
+    # Only from where a word begins: from everywhere in it would take the square of its length.
+    pattern = rf"(?<!\S)\S{{{longest},}}|(?<!\s)\s{{{longest},}}"
+    runs = re.finditer(pattern, text) if len(text) > longest else ()
+    for run in runs:
+        for end in range(run.start() + longest, run.end(), longest):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def _load_cached(path: Path) -> Tokenizer | None:

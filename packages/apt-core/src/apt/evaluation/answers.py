@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from apt.builtin.voter import VotingConfig
 from apt.core.config import RunConfig
 from apt.core.errors import ConfigError, DataError
+from apt.core.files import read_file
 from apt.core.providers.voter import VoterProvider
 from apt.core.schedules import Schedule
 from apt.inference.generator import Generator
@@ -32,7 +33,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: it cannot be read, or holds something else, or nothing.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = read_file(Path(path)).decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.answers_path: {path} cannot be read: {reason}", hint="check the path") from error
