@@ -86,6 +86,8 @@ def test_options_come_back_from_a_file(tmp_path: Path) -> None:
             APTConfig.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.json cannot be written"):
         APTConfig(a=object()).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be written: .*choose another folder"):
+        APTConfig().save_pretrained(tmp_path / "config.json" / "below")
 
 
 def test_the_defaults_are_those_of_old() -> None:
@@ -139,8 +141,7 @@ def test_every_option_that_means_something_reaches_the_profile() -> None:
         APTConfig.from_profile(RunConfig())
 
 
-def test_the_config_of_the_issue_builds() -> None:
-    """Width 768 with 12 heads and sr_ratio 6: r = 6 fits."""
+def test_the_default_ratio_fits_the_default_width() -> None:
     assert APTConfig().to_profile()["model"]["tva"] == {"r": 6, "s": 1.0, "tau": 1.3}
     ModelBuilder(APTConfig().to_profile()).build_attention(768, 12)
 
@@ -161,6 +162,7 @@ def test_a_ratio_that_does_not_fit_becomes_the_nearest(heads: int, size: int, wa
     assert [f"sr_ratio {wanted} does not fit" in str(warning.message) for warning in told] == [True] * (ratio != wanted)
 
 
+@pytest.mark.filterwarnings("ignore:sr_ratio 6:apt.core.errors.AptWarning")
 def test_sizes_that_do_not_fit_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="d_model 30 is not divisible by num_heads 4"):
         APTModel(APTConfig(vocab_size=9, d_model=30, num_heads=4))

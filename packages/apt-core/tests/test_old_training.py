@@ -299,6 +299,7 @@ def test_a_tokenizer_that_is_given_is_used_and_kept() -> None:
     assert ids[0, 0] == 1 and text == tokenizer.decode([i for i in ids[0].tolist() if i != 1])
 
 
+@pytest.mark.filterwarnings("ignore:APTConfig. strange:apt.core.errors.AptWarning")
 def test_a_model_comes_back_as_it_was_saved() -> None:
     torch.manual_seed(0)
     model = APTModel(small(bos_token_id=7, strange=[1])).eval()
@@ -327,6 +328,8 @@ def test_saving_loses_nothing() -> None:
     assert sorted(os.listdir()) == ["other"] and Path("other/file").read_text() == "mine"
     with pytest.raises(ConfigError, match="the tokenizer has 256 tokens, and the model 9"):
         save_model(APTModel(small(vocab_size=9)), ByteTokenizer(), "saved")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_model(model, ByteTokenizer(), "other/file/saved")
     trained()
     with pytest.warns(AptWarning, match="it is saved-1 now"):
         save_model(model, ByteTokenizer(), "saved")

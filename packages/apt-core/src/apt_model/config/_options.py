@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from apt.core.cache import atomic_write
 from apt.core.config import RunConfig
 from apt.core.errors import AptWarning, ConfigError
 
@@ -98,15 +99,18 @@ class APTConfig:
         """Write `config.json` into a folder, which is made if it is not there.
 
         Raises:
-            ConfigError: an option cannot be written as JSON.
+            ConfigError: an option cannot be written as JSON, or the folder not be written to.
         """
+        path = Path(save_directory) / FILE
         try:
             text = json.dumps(self.to_dict(), indent=2)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(text.encode())
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{FILE} cannot be written: {error}", hint="leave that option out") from None
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(text, encoding="utf-8")
+            raise ConfigError(f"{path} cannot be written: {error}", hint="leave that option out") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}", hint="choose another folder") from None
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path) -> APTConfig:

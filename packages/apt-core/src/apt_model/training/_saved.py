@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apt.checkpoint.durable import cannot_write, sync
 from apt.core.errors import CheckpointError, ConfigError
 from apt.core.hooks import Hooks
 from apt.core.runs import find_run
@@ -53,6 +54,9 @@ def save_model(model: APTModel, tokenizer: Any, path: str | Path, config: APTCon
         if path.exists():
             raise CheckpointError(f"{path} exists already, and is no run", hint="choose another folder, or remove it")
         os.replace(new, path)
+        sync(path.parent)
+    except OSError as error:
+        raise cannot_write(error, path, 0) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
