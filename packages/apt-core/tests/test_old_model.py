@@ -227,8 +227,11 @@ def test_masks_that_change_nothing_are_taken_and_others_refused() -> None:
 
 def test_generate_takes_the_likeliest_of_a_full_pass_each_time() -> None:
     model = make()
+    for parameter in model.backbone.decoder.parameters():
+        torch.nn.init.normal_(parameter)  # one that was just made repeats itself
     source = tokens(3, 5)
     written = model.generate(source, max_length=9, temperature=0)
+    assert len(set(written.flatten().tolist())) > 3
     assert written[:, 0].tolist() == [1, 1, 1], "bos_token_id"
     for row, ids in zip(source, written.tolist(), strict=True):
         wanted = [1]
@@ -240,14 +243,19 @@ def test_generate_takes_the_likeliest_of_a_full_pass_each_time() -> None:
 def test_rows_end_by_themselves_and_are_padded() -> None:
     model = make()
     source = tokens(6, 4)
-    free = model.generate(source, max_length=8, temperature=0, eos_token_id=-1)
-    # Whatever the first row writes third ends a row now.
-    end = int(free[0, 3])
-    ended = model.generate(source, max_length=8, temperature=0, eos_token_id=end, pad_token_id=19)
-    for row, whole in zip(ended.tolist(), free.tolist(), strict=True):
+
+    def drawn(**ends: int) -> list[list[int]]:
+        torch.manual_seed(0)
+        written: list[list[int]] = model.generate(source, max_length=8, temperature=5.0, top_p=1.0, **ends).tolist()
+        return written
+
+    free = drawn(eos_token_id=-1)
+    end = free[0][3]  # what the first row writes third ends a row now
+    ended = drawn(eos_token_id=end, pad_token_id=0)
+    assert len({tuple(row).index(end) for row in free if end in row}) > 1, "not all at once"
+    for row, whole in zip(ended, free, strict=True):
         stop = next((i for i, token in enumerate(whole) if i and token == end), len(whole))
-        assert row == (whole[: stop + 1] + [19] * len(row))[: len(row)]
-    assert ended.shape[1] <= free.shape[1] == 9
+        assert row == (whole[: stop + 1] + [0] * len(row))[: len(row)]
 
 
 def test_padding_is_no_part_of_a_source() -> None:
