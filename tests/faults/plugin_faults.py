@@ -11,19 +11,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from lab import Lab, Row, end_of, in_a_child, last_good
 from made_distribution import make_distribution
 
 from apt import hookspecs
+from apt.checkpoint.store import CheckpointStore
 from apt.core.hooks import GENERATION, SPEC_NAMES
+from apt.core.runs import RunFolder
 
 BEGUN = 4
 """The step at which the plugin begins to do wrong."""
 
+MODULE = "faulty_plugin"
 HEAD = """
 import math, os, signal, time
 from apt.hookspecs import hookimpl
@@ -176,7 +180,7 @@ def cells(fault: str) -> Iterator[Cell]:
 def plugin_row(lab: Lab, fault: str, smoke: bool) -> Row:
     """One fault in every hook."""
     row = Row(f"plugin: {FAULTS[fault]}")
-    bench = Bench(lab)
+    bench = Bench(lab, {MODULE: HEAD + STATE})
     for cell in cells(fault):
         if smoke and cell.hook not in SMOKE_HOOKS:
             continue
@@ -184,32 +188,104 @@ def plugin_row(lab: Lab, fault: str, smoke: bool) -> Row:
     return row
 
 
-class Bench:
-    """Runs with a plugin `faulty`, which is well until a run has made some steps."""
+# Missing and older ones
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
+OWN = """
+@hookimpl
+def apt_register_providers(registry):
+    registry.register("{kind}", "own", "own_part:Own", version="1.0")
+"""
+PARTS = {
+    "ffn": """
+from apt.modeling.layers.ffn import DefaultFFN
+
+class Own(DefaultFFN):
+    def get_name(self): return "own"
+    def get_version(self): return "1.0"
+""",
+    "align": """
+from apt.core.providers.align import AlignProvider
+
+class Own(AlignProvider):
+    def get_name(self): return "own"
+    def get_version(self): return "1.0"
+    def compute_align_loss(self, logits, targets, model_state): return logits.float().logsumexp(-1).mean() * 1e-3
+""",
+}
+
+
+def ages(lab: Lab, what: str) -> Row:
+    """A plugin that a run was made with, 3.1 at that time, is older at the resume, missing, or newer."""
+    row = Row(f"plugin at resume: {what} missing, older, newer")
+    provides = what in PARTS
+    modules = {MODULE: HEAD + OWN.format(kind=what), "own_part": PARTS[what]} if provides else {MODULE: HEAD + STATE}
+    bench = Bench(lab, modules, *((f"--model.{what}_name", "own") if provides else ()), version="3.1")
+    refused = "this run was made with apt-faulty 3.1, and {} is here, which is older"
+    for version, code, said in (
+        ("3.0.9", 2, refused.format("3.0.9")),
+        ("3.1rc2", 2, refused.format("3.1rc2")),
+        (None, 2 if provides else 0, 'pip install "apt-faulty==3.1"'),  # the state of one that listens is carried
+        ("3.1", 0, ""),
+        ("3.10", 0, ""),
+    ):
+        run = lab.copy(bench.base, "victim")
+        before = tensors_of(run)
+        bench.install(modules if version else {}, version=version or "")
+        got, text = bench.apt(*bench.going_on(run))
+        problem = "" if got == code and said in text else f"exit {got}, and said is: {text}"
+        if code and (tensors_of(run) != before or not CheckpointStore(RunFolder(run).checkpoints).load_weights()[1]):
+            problem = problem or "the weights alone cannot be loaded"
+        # A model that is only used needs neither what listens nor an alignment.
+        used, text = bench.apt("generate", str(run), "--max-tokens", "2")
+        if used != (2 if what == "ffn" and version is None else 0):
+            problem = problem or f"generate ends with {used}: {text}"
+        if code:
+            bench.install(modules, version="3.1")
+            bench.apt(*bench.going_on(run))
+        row.add(version or "missing", problem or ("" if end_of(run) == bench.end else "the end is another one"))
+    return row
+
+
+def tensors_of(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
+
+
+class Bench:
+    """Runs with a plugin `faulty`, which is well until a run has made some steps.
+
+    Args:
+        modules: what it is made of then.
+        overrides: further arguments of `apt train` for a new run.
+        version: of its distribution.
+    """
+
+    def __init__(self, lab: Lab, modules: Mapping[str, str], *overrides: str, version: str = "1.0") -> None:
+        self.lab, self.modules = lab, modules
         self.site, self.hangs, self.shown = lab.folder / "site", lab.folder / "hangs", lab.folder / "shown.txt"
         self.base, self.whole = lab.folder / "base", lab.folder / "whole"
         self.profile = lab.folder / "small.yaml"
         config = lab.config() | {"plugins": ["faulty"]}
         config["training"]["lr_schedule"] = "constant"  # the length of the run is given in parts
         self.profile.write_text(yaml.safe_dump(config))
-        self.install(HEAD + STATE)
+        self.install(modules, version=version)
         for run, steps in ((self.base, BEGUN), (self.whole, lab.steps)):
             arguments = ("-p", str(self.profile), "--run-dir", str(run), "--training.max_steps", str(steps))
-            code, said = self.apt("train", *arguments, "--quiet")
+            code, said = self.apt("train", *arguments, *overrides, "--quiet")
             assert code == 0, said
         self.end = end_of(self.whole)
         code, self.text = self.apt(*self.generating())
         assert code == 0, self.text
 
-    def install(self, source: str, *, twice: bool = False) -> None:
+    def install(self, modules: Mapping[str, str], *, version: str = "1.0", twice: bool = False) -> None:
+        """Have this plugin and no other; none at all without modules."""
         shutil.rmtree(self.site, ignore_errors=True)
         self.site.mkdir()
-        for name in ("apt-faulty", "apt-faulty-too") if twice else ("apt-faulty",):
-            module = name.replace("-", "_")
-            make_distribution(self.site, name, plugins={"faulty": module}, modules={module: source})
+        names = ("apt-faulty", "apt-faulty-too") if twice else ("apt-faulty",) if modules else ()
+        for name in names:
+            make_distribution(self.site, name, version, plugins={"faulty": MODULE}, modules=modules)
+
+    def going_on(self, run: Path) -> tuple[str, ...]:
+        return ("train", "--resume", str(run), "--training.max_steps", str(self.lab.steps), "--quiet")
 
     def generating(self) -> tuple[str, ...]:
         return ("generate", str(self.whole), "--prompt", "12 green", "--max-tokens", "8", "--seed", "0")
@@ -255,10 +331,9 @@ class Bench:
 
     def try_out(self, cell: Cell) -> tuple[str, int]:
         """What is wrong with how a run takes it, "" if nothing is; and the steps that are lost."""
-        self.install(cell.source, twice=cell.fault == "duplicate")
+        self.install({MODULE: cell.source}, twice=cell.fault == "duplicate")
         run = self.lab.copy(self.base, "victim")
-        going_on = ("train", "--resume", str(run), "--training.max_steps", str(self.lab.steps), "--quiet")
-        arguments = going_on
+        going_on = arguments = self.going_on(run)
         if cell.hook in GENERATION:
             arguments = self.generating()
         elif cell.hook == "apt_register_commands":
@@ -276,7 +351,7 @@ class Bench:
         good = last_good(run)
         lost = max(BEGUN - (good or 0), 0)
         if code:
-            self.install(HEAD + STATE)
+            self.install(self.modules)
             code, said = self.apt(*going_on)
             problem = problem or ("" if code == 0 else f"the resumed run ends with {code}: {said}")
         if not problem and end_of(run) != self.end:

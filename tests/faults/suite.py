@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
-from plugin_faults import FAULTS, plugin_row
+from plugin_faults import FAULTS, ages, plugin_row
 from resuming import PLACES, clock, consecutive, fewer, killed, position
 
 from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
@@ -323,6 +323,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for way in ways
         ],
         "plugins": [lambda fault=fault: plugin_row(lab("plugin"), fault, smoke) for fault in FAULTS],  # type: ignore[misc]
+        "ages": [lambda what=what: ages(lab("ages"), what) for what in ("ffn", "align", "listener")],  # type: ignore[misc]
         "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
     }
 

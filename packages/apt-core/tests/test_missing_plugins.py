@@ -169,6 +169,24 @@ def test_what_to_install_for_a_checkpoint_is_said_exactly(
     assert other.code == 2 and f"this run was built with {kind}:{name} 0.3 (apt-own 3.1)" in other.err
 
 
+def test_a_profile_that_names_a_plugin_which_is_gone_says_what_brought_it(
+    make_distribution: MakeDistribution, run_apt: RunApt, train: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text(f"{PROFILE}plugins: [seen]\n")
+    site = make_distribution("apt-seen", "4.2", plugins={"seen": "seen_plugin"}, modules={"seen_plugin": OBSERVER})
+    assert train().code == 0
+    uninstall(site)
+    said = "the profile's plugins: plugin 'seen' is not installed; going on without it"
+    result = train("--training.max_steps", "4")
+    assert result.code == 0 and f'warning: {said} (to get it: pip install "apt-seen==4.2")\n' in result.err
+    strict = train("--training.max_steps", "6", "--strict")
+    assert strict.code == 2 and 'fix: pip install "apt-seen==4.2"' in strict.err
+    evaluated = run_apt("eval", "runs/small-1", "--batches", "1")
+    assert evaluated.code == 0 and said in evaluated.err
+    slip = train("--plugins", "sen")
+    assert slip.code == 2 and "there is no plugin 'sen'" in slip.err
+
+
 # Older ones
 
 

@@ -214,6 +214,12 @@ def requirements_of(lock: Mapping[str, Any]) -> dict[tuple[str, str], str | None
     }
 
 
+def recorded_plugins(lock: Mapping[str, Any]) -> dict[str, str]:
+    """{plugin: requirement} of the plugins that a run called on."""
+    found = {record["name"]: _requirement(record["distribution"], record["version"]) for record in lock["plugins"]}
+    return {name: requirement for name, requirement in found.items() if requirement}
+
+
 def requirement_of_listener(lock: Mapping[str, Any], name: str) -> str | None:
     """The requirement that brings what listened to the run as `name`: a plugin, or a provider as "kind.name"."""
     found = [_requirement(r["distribution"], r["version"]) for r in lock["plugins"] if r["name"] == name]

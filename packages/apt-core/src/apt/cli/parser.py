@@ -133,24 +133,30 @@ def _add_plugin_options(command: str, parser: Parser, rest: Sequence[str], overr
             simplefilter("ignore")
             add_options(command, first, discover(choose(**selected)))
         chosen, _ = first.parse_known_args(rest)
-    names = _profiles_plugins(command, chosen, overrides)
-    add_options(command, parser, discover(choose(**selected, profile=names), strict=chosen.strict))
+    known = _known_plugins(command, chosen, overrides)
+    add_options(command, parser, discover(choose(**selected, **known), strict=chosen.strict))
 
 
-def _profiles_plugins(command: str, chosen: argparse.Namespace, overrides: dict[str, str]) -> list[str] | None:
-    """The plugins that the profile names: of what is to be trained, or of the run. None if it names none."""
+def _known_plugins(command: str, chosen: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    """The plugins that the profile names, of what is to be trained or of the run, and those that the run recorded: as
+    arguments of `choose`."""
+    from apt.checkpoint.lock import read_lock, recorded_plugins
     from apt.cli.run_commands import find_source
     from apt.core.profiles import find_profile, load_profile_data
     from apt.core.runs import find_run
 
     names: object = None
+    recorded: dict[str, str] = {}
     with suppress(AptError):  # the command itself will say what is wrong with the profile or the run
         if command == "train":
-            source, _ = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
+            source, run = find_source(chosen.profile, chosen.resume, parse_overrides(overrides))
         else:
-            source = find_run(chosen.run_name).profile
+            run = find_run(chosen.run_name)
+            source = run.profile
         names = load_profile_data(find_profile(source))[0].get("plugins")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else None
+        recorded = recorded_plugins(read_lock(run.lock)) if run else {}
+    profile = [name for name in names if isinstance(name, str)] if isinstance(names, list) else None
+    return {"profile": profile, "recorded": recorded}
 
 
 # The commands

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from apt.core.catalogue import ENTRY_POINTS, PLUGINS, how_to_install
+from apt.core.catalogue import ENTRY_POINTS, PLUGINS, how_to_install, how_to_restore
 from apt.core.distributions import editable_path, name_and_version, record_sha256, sources_sha256, sources_stamp
 from apt.core.errors import HINT, AptWarning, PluginError, did_you_mean
 from apt.core.examine import Contents, Status, examine
@@ -88,6 +88,8 @@ class Selection:
     excluded: tuple[str, ...] = ()
     source: str = "default"
     """Where `names` was said, for messages."""
+    recorded: Mapping[str, str] = field(default_factory=dict)
+    """{plugin: requirement} of what a run was made with, such as {"moe": "apt-plugin-moe==2.0.0"}."""
 
 
 @dataclass(slots=True)
@@ -165,6 +167,7 @@ def choose(
     no_plugin: Iterable[str] = (),
     no_plugins: bool = False,
     profile: Iterable[str] | None = None,
+    recorded: Mapping[str, str] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Selection:
     """The selection: command line over environment over profile.
@@ -172,6 +175,7 @@ def choose(
     Args:
         plugins, no_plugin, no_plugins: the options of those names.
         profile: the profile's `plugins`.
+        recorded: {plugin: requirement} of what the run was made with that is opened.
         environ: read for APT_PLUGINS and APT_DISABLE_PLUGINS, names apart by commas or spaces.
     """
     names: tuple[str, ...] | None
@@ -187,15 +191,17 @@ def choose(
         names, source = None, "default"
     # Whom the command line names is not left out by the environment.
     disabled = () if plugins is not None else _split(environ.get("APT_DISABLE_PLUGINS", ""))
-    return Selection(names, (*no_plugin, *disabled), source)
+    return Selection(names, (*no_plugin, *disabled), source, recorded or {})
 
 
 def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -> tuple[str, ...]:
     """Mark what is not selected as disabled; return the packages that are asked for and absent, each warned of once.
 
     Raises:
-        PluginError: a name that is neither installed nor in the catalogue; with `strict`, one that is not installed.
+        PluginError: a name that is neither installed nor in the catalogue nor recorded; with `strict`, one that is not
+            installed.
     """
+    packages = {**PLUGINS, **selection.recorded}
     installed = {plugin.name for plugin in found}
     absent: dict[str, list[str]] = {}
     for name, source in [
@@ -204,7 +210,7 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
     ]:
         if ENTRY_POINTS.get(name, name) in installed:
             continue
-        if name not in PLUGINS:
+        if name not in packages:
             near = did_you_mean(name, installed | set(PLUGINS), cutoff=HINT)
             known = ", ".join(sorted(installed - {BUILTIN})) or "none"
             raise PluginError(
@@ -212,9 +218,9 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
                 hint=f"did you mean {near!r}?" if near else f"installed: {known}",
             )
         if name not in selection.excluded:
-            absent.setdefault(PLUGINS[name], []).append(name)
+            absent.setdefault(packages[name], []).append(name)
     for package, names in absent.items():
-        one, fix = len(names) == 1, how_to_install(package)
+        one, fix = len(names) == 1, how_to_restore(package) if "==" in package else how_to_install(package)
         message = f"{selection.source}: " + (
             f"plugin {names[0]!r} is not installed" if one else f"plugins {_all_of(names)} are not installed"
         )
@@ -238,7 +244,7 @@ def select(found: list[Plugin], selection: Selection, *, strict: bool = False) -
             none = selection.source == NO_PLUGINS
             reason = f"left out by {NO_PLUGINS}" if none else f"not among {selection.source}"
             plugin.refuse("disabled", reason, f"leave {NO_PLUGINS} out" if none else f"add it to {selection.source}")
-    return tuple(absent)
+    return tuple(package.partition("==")[0] for package in absent)
 
 
 def load(found: list[Plugin], *, refresh: bool = False) -> Plugins:

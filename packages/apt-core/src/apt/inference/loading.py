@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.lock import MODEL_KINDS, check_lock, read_lock, recorded_layouts, requirements_of
+from apt.checkpoint.lock import (
+    MODEL_KINDS,
+    check_lock,
+    read_lock,
+    recorded_layouts,
+    recorded_plugins,
+    requirements_of,
+)
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
@@ -68,7 +75,13 @@ def load_run(
     """
     config = resolve(run.profile, overrides).config
     lock, target = read_lock(run.lock), pick_device(device)
-    selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=config.plugins)
+    selection = choose(
+        plugins=plugins,
+        no_plugin=no_plugin,
+        no_plugins=no_plugins,
+        profile=config.plugins,
+        recorded=recorded_plugins(lock),
+    )
     found = discover(selection, strict=strict)
     registry = found.registry_of_a_run()
     registry.recorded = requirements_of(lock)

@@ -22,6 +22,7 @@ from apt.checkpoint.lock import (
     check_lock,
     read_lock,
     recorded_layouts,
+    recorded_plugins,
     requirements_of,
     write_lock,
 )  # fmt: skip
@@ -113,10 +114,16 @@ class Trainer:
         self.world = World.of_environment()
         self.run = resume or (RunFolder(run_dir) if run_dir else None)
         self.resumed = resume is not None
-        selection = choose(plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, profile=self.config.plugins)
+        self.lock = read_lock(resume.lock) if resume else None
+        selection = choose(
+            plugins=plugins,
+            no_plugin=no_plugin,
+            no_plugins=no_plugins,
+            profile=self.config.plugins,
+            recorded=recorded_plugins(self.lock) if self.lock else None,
+        )
         self.plugins: Plugins = discover(selection, strict=strict)
         self.registry = self.plugins.registry_of_a_run()
-        self.lock = read_lock(resume.lock) if resume else None
         self.registry.recorded = requirements_of(self.lock) if self.lock else {}
         check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
         if frozen is not None:
