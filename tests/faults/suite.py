@@ -323,7 +323,10 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for way in ways
         ],
         "plugins": [lambda fault=fault: plugin_row(lab("plugin"), fault, smoke) for fault in FAULTS],  # type: ignore[misc]
-        "ages": [lambda what=what: ages(lab("ages"), what) for what in ("ffn", "align", "listener")],  # type: ignore[misc]
+        "ages": [
+            lambda what=what: ages(lab("ages"), what)  # type: ignore[misc]
+            for what in (("align",) if smoke else ("ffn", "align", "listener"))
+        ],
         "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
     }
 

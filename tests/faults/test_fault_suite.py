@@ -43,12 +43,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("experiment", ["kill", "torn", "power", "chain", "signals", "errors", "damage"])
+EXPERIMENTS = {
+    "kill": 3, "torn": 2, "power": 2, "chain": 1, "signals": 2, "errors": 6, "disk": 2, "positions": 6, "clock": 1,
+    "kept": 2, "plugins": 11, "ages": 1, "damage": 4,
+}  # fmt: skip
+"""{experiment: its rows}. `worlds` takes most of a minute, and has tests of its own."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_fault_is_survived(experiment: str) -> None:
     done = run(str(SUITE), "--smoke", experiment)
     assert done.returncode == 0, done.stdout + done.stderr
+    if skipped := re.search(r"not run: ([^|]+) \|", done.stdout):
+        pytest.skip(skipped[1])
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", done.stdout, flags=re.MULTILINE)
-    assert rows and all(survived == tried and int(tried) >= 4 for survived, tried in rows), done.stdout
+    assert len(rows) == EXPERIMENTS[experiment], done.stdout
+    assert all(survived == tried and int(tried) >= 1 for survived, tried in rows), done.stdout
 
 
 @pytest.mark.parametrize("what", BROKEN)

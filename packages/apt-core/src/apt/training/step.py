@@ -27,7 +27,7 @@ class Loss:
     total: Tensor
     """What was minimised: nats per token, extra losses included."""
     cross_entropy: Tensor
-    """What of it is the model's own."""
+    """The cross-entropies of the micro-batches, added up: finite where they are."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """The extra losses by name; empty where there are none."""
 
@@ -101,8 +101,9 @@ def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], 
             if len(micro_batches) * world.size > 1:
                 total = total * share
             total.backward()
-        loss.total = total.detach() if batch is micro_batches[0] else loss.total + total.detach()
-        loss.cross_entropy = loss.cross_entropy + own * share
+        is_first = batch is micro_batches[0]
+        loss.total = total.detach() if is_first else loss.total + total.detach()
+        loss.cross_entropy = own if is_first else loss.cross_entropy + own
         for name, part in parts.items():
             scaled = part * share
             loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled
