@@ -41,7 +41,7 @@ def small_config(
     }
 
 
-def train(config: Config, *hooks: object, **options: Any) -> Trainer:
+def train(config: Config | str, *hooks: object, **options: Any) -> Trainer:
     """Train quietly, with these objects listening."""
     trainer = Trainer(config, quiet=True, **options)
     for hook in hooks:

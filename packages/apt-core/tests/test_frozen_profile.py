@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from small_run import small_config, train
 
 from apt.core.config import RunConfig
 from apt.core.errors import AptWarning
 from apt.core.frozen import frozen
 from apt.core.hooks import MAX_OBSERVER_FAILURES
-from apt.training.trainer import Trainer
 
 PLAIN = st.recursive(
     st.none() | st.integers() | st.text(max_size=3),
@@ -107,24 +107,13 @@ class Meddler:
 
 
 def test_a_plugin_that_changes_it_is_told_so_and_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    config = {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "plugins": [],
-        "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "moe": {"enabled": False}},
-        "data": {"train_path": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_steps": 4, "batch_size": 8, "log_every": 1},
-        "hardware": {"device": "cpu"},
-    }
+    config = small_config(tmp_path, model={"moe": {"enabled": False}}, training={"max_steps": 4}, plugins=[])
     runs = []
     for hooks in ((), (Meddler(),)):
-        trainer = Trainer(config, quiet=True)
-        for hook in hooks:
-            trainer.register_hook(hook)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AptWarning)
-            run = trainer.train()
+            trainer = train(config, *hooks)
+        run = trainer.run_dir
         checkpoint = max((run / "checkpoints").iterdir())
         runs.append([(run / "profile.yaml").read_text(), (checkpoint / "model.safetensors").read_bytes()])
     assert runs[0] == runs[1]

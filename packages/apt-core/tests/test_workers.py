@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_run import Config, small_config, train
 
 from apt.checkpoint.store import CheckpointStore
 from apt.core.errors import AptError, ConfigError
@@ -102,17 +103,9 @@ def test_an_error_comes_out_where_its_batch_is_due(workers: int) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
-    """Two epochs of six steps of two micro-batches, with dropout."""
-    (tmp_path / "text.txt").write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"d_model": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16, "dropout": 0.1},
-        "data": {"train_path": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "log_every": 1},
-        "hardware": {"device": "cpu"},
-    }
+def config(tmp_path: Path) -> Config:
+    """Two epochs of six steps of two micro-batches."""
+    return small_config(tmp_path, training={"max_epochs": 2, "batch_size": 4, "gradient_accumulation": 2})
 
 
 class FailsAt:
@@ -133,21 +126,21 @@ def end_of(run: RunFolder) -> dict[str, Any]:
     return {**checkpoint.model, **{name: value for name, value in checkpoint.rng.items() if torch.is_tensor(value)}}
 
 
-def test_a_run_that_changes_the_number_of_its_workers_ends_the_same(config: dict[str, Any]) -> None:
-    whole = end_of(RunFolder(Trainer(config, quiet=True).train()))
+def test_a_run_that_changes_the_number_of_its_workers_ends_the_same(config: Config) -> None:
+    whole = end_of(RunFolder(train(config).run_dir))
     broken = Trainer(config, quiet=True, overrides={"data.workers": 3, "checkpoint.every": 2})
     broken.register_hook(FailsAt(9))
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert at_work() == []
     run = RunFolder(broken.run_dir)
-    assert Trainer(str(run.profile), quiet=True, resume=run, overrides={"data.workers": 2}).train() == run.path
+    train(str(run.profile), resume=run, overrides={"data.workers": 2})
     assert at_work() == []
     again = end_of(run)
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_a_number_of_workers_that_makes_no_sense_is_refused(config: dict[str, Any]) -> None:
+def test_a_number_of_workers_that_makes_no_sense_is_refused(config: Config) -> None:
     for wrong in (-1, 65, 1.5, "many"):
         with pytest.raises(ConfigError, match=r"data\.workers") as refused:
             Trainer(config, quiet=True, overrides={"data.workers": wrong})
