@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from small_run import small_config, train
+from small_run import register_for_one_test, small_config, train
 
 from apt.core.config import RunConfig
 from apt.core.errors import AptWarning
 from apt.core.frozen import frozen
 from apt.core.hooks import MAX_OBSERVER_FAILURES
+from apt.core.registry import registry
+from apt.modeling.layers.ffn import DefaultFFN
 
 PLAIN = st.recursive(
     st.none() | st.integers() | st.text(max_size=3),
@@ -119,3 +121,27 @@ def test_a_plugin_that_changes_it_is_told_so_and_changes_nothing(tmp_path: Path)
     assert runs[0] == runs[1]
     hooks_that_failed = [failure.hook for failure in trainer.hooks.failures]
     assert hooks_that_failed == ["on_config_resolved", "on_training_start", *["on_step_start"] * MAX_OBSERVER_FAILURES]
+
+
+class Untidy(DefaultFFN):
+    """Changes the section that it is given, which it need not copy."""
+
+    Config = None
+
+    def __init__(self, config: Any = None) -> None:
+        config["list"].append(3)
+        config["inner"].pop("a")
+        super().__init__()
+        self.config, self.seen = DefaultFFN.Config(), config
+
+    def get_name(self) -> str:
+        return "untidy"
+
+
+def test_a_providers_section_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_for_one_test(monkeypatch)
+    registry.register("ffn", "untidy", Untidy)
+    model = {"ffn_name": "untidy", "untidy": {"list": [1], "inner": {"a": 1}}}
+    trainer = train(small_config(tmp_path, model=model, training={"max_steps": 1}), strict=True)
+    assert trainer.providers["ffn", "untidy"].seen == {"list": [1, 3], "inner": {}}  # type: ignore[attr-defined]
+    assert trainer.config.sections["model"]["untidy"] == {"list": [1], "inner": {"a": 1}}

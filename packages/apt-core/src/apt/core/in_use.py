@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -131,8 +132,8 @@ class ProvidersInUse:
     def _fill(self, kind: str, requested: str, name: str, make: Callable[[Any], T]) -> tuple[Slot, T]:
         claim = self.registry.find(kind, name)
         section = self.sections.get(KINDS[kind], {}).get(claim.section, {})
-        # `enabled` is read by core, and a provider need not know it.
-        section = {key: value for key, value in section.items() if key != "enabled"}
+        # `enabled` is read by core, and a provider need not know it. What the others hold is the provider's own.
+        section = {key: copy.deepcopy(value) for key, value in section.items() if key != "enabled"}
         provider = self.registry.get(kind, name, section, fallback=False)
         config = getattr(provider, "config", None)  # one that is written without regard to the base class has none
         dump = getattr(config, "model_dump", None)
