@@ -60,6 +60,7 @@ class Lab:
         workers: threads that make batches.
         accumulation: micro-batches of a step, which has the same rows for any number.
         pause: seconds that each step takes beside its own work.
+        on_not_finite: what the profile says of numbers that are none.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Lab:
     workers: int = 0
     accumulation: int = 1
     pause: float = 0.0
+    on_not_finite: str = "stop"
 
     def config(self) -> dict[str, Any]:
         text = self.folder / "text.txt"
@@ -83,6 +85,7 @@ class Lab:
             "training": {
                 "max_epochs": 999, "max_steps": self.steps, "log_every": 2,
                 "batch_size": 8 // self.accumulation, "gradient_accumulation": self.accumulation,
+                "on_not_finite": self.on_not_finite,
             },
             "checkpoint": {"every": self.every, "keep_last": self.keep_last, "asynchronous": self.asynchronous},
             "hardware": {"device": "cpu"},
@@ -145,10 +148,10 @@ class Progress:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT)
 
     def on_step_end(self, step: int) -> None:
+        time.sleep(self.pause)
         os.pwrite(self.file, f"{step + 1:<9}".encode(), 0)
         if step + 1 == self.until:
             signal.raise_signal(signal.SIGTERM)
-        time.sleep(self.pause)
 
 
 def in_a_child(work: Callable[[], int | None], said: Path, shown: Path | str = os.devnull) -> tuple[int, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -180,6 +181,51 @@ def fingerprint(value: Any) -> str:
     for slot in slots:
         take(slot)
     return digest.hexdigest()
+
+
+# Numbers that are none
+
+
+class Poison:
+    """Puts a value somewhere, in one step."""
+
+    def __init__(self, where: str, value: float, step: int) -> None:
+        self.where, self.value, self.step = where, value, step
+
+    def extra_losses(self, trainer: Any, logits: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        due = self.where == "loss" and trainer.step == self.step
+        return {"poison": logits.new_tensor(self.value)} if due else None
+
+    def on_before_optimizer_step(self, trainer: Any) -> None:
+        if self.where == "gradient" and trainer.step == self.step:
+            next(iter(trainer.model.parameters())).grad.view(-1)[0] = self.value
+
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        weight = next(iter(trainer.model.parameters())).detach()
+        if self.where == "weight" and step == self.step:
+            weight.view(-1)[0] = self.value
+
+
+def not_finite(lab: Lab) -> Row:
+    """NaN, inf and -inf: the run ends, or goes on as its profile says, and none gets into a checkpoint."""
+    row = Row(f"NaN, inf, -inf in loss, gradient, weight; `on_not_finite: {lab.on_not_finite}`")
+    for where, value in itertools.product(("loss", "gradient", "weight"), (math.nan, math.inf, -math.inf)):
+        run = lab.folder / "victim"
+        code, said = lab.train(run, None, None, Poison(where, value, 8))
+        ends = lab.on_not_finite == "stop" or (lab.on_not_finite, where) == ("skip", "weight")
+        problem = "" if code == (2 if ends else 0) else f"exit {code}: {said}"
+        store = CheckpointStore(RunFolder(run).checkpoints)
+        for step in store.steps():
+            checkpoint = store.load(step)
+            moments = [value for state in checkpoint.optimizer["state"].values() for value in state.values()]
+            if not all(bool(tensor.isfinite().all()) for tensor in (*checkpoint.model.values(), *moments)):
+                problem = problem or f"the checkpoint of step {step} holds it"
+        latest = store.latest()
+        if latest != (8 if ends else lab.steps):
+            problem = problem or f"the last checkpoint is of step {latest}"
+        row.add(f"{value} in the {where}", problem, lab.steps_done(run) - (latest or 0))
+        lab.remove(run)
+    return row
 
 
 # Several processes

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
 from plugin_faults import FAULTS, ages, plugin_row
-from resuming import PLACES, clock, consecutive, fewer, killed, position
+from resuming import PLACES, clock, consecutive, fewer, killed, not_finite, position
 
 from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError
@@ -70,7 +71,7 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
         lost = done - (good or 0)
         if lost > (2 if lab.asynchronous else 1) * lab.every:
             problem = problem or f"{lost} steps are lost"
-        problem = problem or lab.finish(run, whole)
+        problem = problem or replace(lab, pause=0.0).finish(run, whole)
         row.add(f"operation {nth}", problem, lost)
         lab.remove(run)
     return row
@@ -297,7 +298,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         return [lambda way=way: kills(lab(fault, asynchronous=way), fault, smoke) for way in ways]  # type: ignore[misc]
 
     return {
-        "kill": [*killing("kill"), lambda: kills(lab("slow", pause=0.05), "kill", smoke)],
+        "kill": [*killing("kill"), lambda: kills(lab("slow", pause=0.2), "kill", smoke)],
         "torn": killing("torn"),
         "power": killing("power"),
         "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
@@ -317,6 +318,10 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for place in PLACES
         ],
         "worlds": [lambda: fewer(lab("fewer"), smoke), lambda: killed(lab("killed"), smoke)],
+        "finite": [
+            lambda policy=policy: not_finite(lab("finite", on_not_finite=policy))  # type: ignore[misc]
+            for policy in ("stop", "skip", "rollback")
+        ],
         "clock": [lambda: clock(lab("clock"))],
         "kept": [
             lambda way=way: consecutive(lab("kept", asynchronous=way, every=1, keep_last=99))  # type: ignore[misc]
