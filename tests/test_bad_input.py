@@ -62,49 +62,6 @@ def test_an_unknown_profile_and_command(apt: Apt) -> None:
     one_clear_line(apt("generate", expect=2), "no run")
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
-PROFILES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
-    "a YAML bomb": (BOMB, ("bad.yaml:",)),
-    "nesting": ("a: " + "[" * 1000, ("bad.yaml:1",)),
-    "a duplicate key": ("name: a\nmodel: {}\nname: b\n", ("bad.yaml:3", "name")),
-    "a tag": ("name: !!python/object/apply:os.system [ls]\n", ("bad.yaml:1",)),
-    "not UTF-8": (b"name: \xff\xfe\n", ("bad.yaml",)),
-    "a misspelt key with its line": ("name: a\nmodel:\n  d_modle: 3\n", ("bad.yaml:3: model.d_modle", "'d_model'")),
-    "a list": ("- 1\n", ("bad.yaml:1",)),
-    "extends nothing": ("extends: no_such\n", ("bad.yaml:1: extends", "no_such")),
-}
-
-
-@pytest.mark.parametrize("case", PROFILES)
-def test_a_profile_that_cannot_be_read(apt: Apt, tmp_path: Path, case: str) -> None:
-    content, words = PROFILES[case]
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    one_clear_line(apt("train", "-p", "bad.yaml", expect=2), *words)
-
-
-FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
-    "an empty file": ("bad.txt", b"", ("bad.txt is empty",)),
-    "a binary file": ("bad.txt", b"\x7fELF\x00\x01\x02" * 100, ("bad.txt", "not text")),
-    "invalid UTF-8": ("bad.txt", b"fine so far \xff\n" * 100, ("bad.txt: not UTF-8", "byte 12")),
-    "a jsonl line without the field": (
-        "bad.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', ("bad.jsonl:2: no field 'text'", "did you mean 'txt'"),
-    ),
-    "a jsonl line that is no JSON": ("bad.jsonl", b'{"text": "one"}\n{"text": \n', ("bad.jsonl:2: not JSON",)),
-    "a set shorter than a block": ("bad.txt", b"short", ("model.max_seq_len",)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_a_text_that_cannot_be_read(apt: Apt, small: Path, case: str) -> None:
-    name, content, words = FILES[case]
-    (small.parent / name).write_bytes(content)
-    one_clear_line(apt("train", "-p", str(small), "--data.train_path", name, expect=2), *words)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Mounts a real file system of so many bytes; skips where that is not allowed."""

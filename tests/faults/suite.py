@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import hostile
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
 from plugin_faults import FAULTS, ages, plugin_row
@@ -281,6 +282,18 @@ def use_damaged(store: CheckpointStore, before: int, last: int) -> str:
     return "" if used == before and told else "the one before is not used, or it is not said"
 
 
+# Files that are not what they should be
+
+
+def tally(found: tuple[str, list[hostile.Result]]) -> Row:
+    """What `hostile` found, as a row."""
+    name, results = found
+    row = Row(name)
+    for case, problem in results:
+        row.add(case, problem)
+    return row
+
+
 def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]:
     """{name: what to do}."""
 
@@ -331,6 +344,11 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         "ages": [
             lambda what=what: ages(lab("ages"), what)  # type: ignore[misc]
             for what in (("align",) if smoke else ("ffn", "align", "listener"))
+        ],
+        "profiles": [lambda: tally(hostile.profiles(folder / "profiles", smoke))],
+        "texts": [
+            lambda: tally(hostile.text_that_changes(folder / "changing")),
+            *([] if smoke else [lambda: tally(hostile.data(folder / "texts"))]),
         ],
         "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
     }

@@ -23,6 +23,8 @@ MAX_KEYS = 256
 """Of one mapping; each key that is wrong is compared with all that are known."""
 MAX_DIGITS = 30
 
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
 Path = tuple[str | int, ...]
 """Where a value lies: keys and list indices from the top."""
 
@@ -155,9 +157,20 @@ class _Builder:
     def _parse(self) -> Iterator[Any]:
         from ruamel.yaml import YAML
         from ruamel.yaml.error import MarkedYAMLError
+        from ruamel.yaml.scanner import Scanner, ScannerError
 
+        class ShallowScanner(Scanner):
+            """The scanner reads ahead; what it does for each bracket grows with how many are open."""
+
+            def fetch_flow_collection_start(self, *args: Any, **more: Any) -> None:
+                if self.flow_level >= MAX_DEPTH:
+                    raise ScannerError(None, None, _TOO_DEEP, self.reader.get_mark())
+                super().fetch_flow_collection_start(*args, **more)
+
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Scanner = ShallowScanner
         try:
-            yield from YAML(typ="safe", pure=True).parse(self.text)
+            yield from yaml.parse(self.text)
         except MarkedYAMLError as error:
             raise self._syntax_error(error) from None
         except Exception as error:  # the scanner lets out errors of int(), chr() and the like on odd escapes
@@ -251,7 +264,7 @@ class _Builder:
 
     def _check_depth(self, event: Any, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise self._error(event, f"nested more than {MAX_DEPTH} levels deep")
+            raise self._error(event, _TOO_DEEP)
 
     def _error(self, event: Any, message: str, hint: str | None = None) -> ConfigError:
         return ConfigError(f"{self.source}:{event.start_mark.line + 1}: {message}", hint=hint)
