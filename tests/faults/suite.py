@@ -8,6 +8,7 @@ was lost. The exit code is 1 if any was not survived, and the reasons stand belo
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import fuzz
 import hostile
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
@@ -294,6 +296,16 @@ def tally(found: tuple[str, list[hostile.Result]]) -> Row:
     return row
 
 
+def changes(name: str, folder: Path, smoke: bool) -> Row:
+    """One of the files that are read, changed at random: a result or an error of ours comes out, promptly."""
+    row = Row(f"{name}, changed at random")
+    times = (20 if smoke else 2000) // (10 if name in fuzz.SLOW else 1)
+    place = Path(tempfile.mkdtemp(dir=folder)) / "files"
+    for number, problem in enumerate(fuzz.problems(fuzz.PARSERS[name], place, times)):
+        row.add(f"change {number}", problem)
+    return row
+
+
 def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]:
     """{name: what to do}."""
 
@@ -350,6 +362,11 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             lambda: tally(hostile.text_that_changes(folder / "changing")),
             *([] if smoke else [lambda: tally(hostile.data(folder / "texts"))]),
         ],
+        "fuzz": [
+            lambda name=name: changes(name, folder, smoke)  # type: ignore[misc]
+            for name in fuzz.PARSERS
+            if fuzz.can_be_read(name)
+        ],
         "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
     }
 
@@ -365,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="apt-faults-") as temporary:
+        os.environ["APT_CACHE_DIR"] = str(Path(temporary, "cache"))
         known = experiments(Path(temporary), args.smoke)
         print("| fault | survived | of | steps lost at most | seconds |\n|---|---|---|---|---|", flush=True)
         for name in args.experiments or known:

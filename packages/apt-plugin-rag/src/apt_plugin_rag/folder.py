@@ -11,22 +11,23 @@ the old contents or the new ones, whatever happens in between. Nothing in a stor
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apt.api import DataError
+from apt.api import AptError, DataError
 from apt.core.providers.retrieval import Passage
 from apt_plugin_rag.contents import Contents, Document, Fit, Floats, Integers, NearestPoints, TermCounts, Vectors
 from apt_plugin_rag.store import Manifest, Neighbours, Size, Store, damaged, missing
@@ -35,6 +36,29 @@ if TYPE_CHECKING:
     from bm25s import BM25
 
 MANIFEST = "manifest.json"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _as_written(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that reads what lies on the disk: whatever goes wrong over it comes out as a DataError. numpy and bm25s
+    raise anything on files that are not theirs."""
+
+    @functools.wraps(method)
+    def read(*args: P.args, **more: P.kwargs) -> T:
+        try:
+            return method(*args, **more)
+        except (AptError, MemoryError):
+            raise
+        except Exception as error:
+            store = args[0]
+            if not isinstance(store, FolderStore) or store._path is None:
+                raise
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise damaged(store.where, text[:200]) from error
+
+    return read
 
 
 class FolderStore(Store):
@@ -100,6 +124,7 @@ class FolderStore(Store):
                 raise
             self.__dict__.pop("_points", None)
 
+    @_as_written
     def match(self, terms: Sequence[str], k: int, *, k1: float, b: float) -> list[tuple[int, float]]:
         index = self._bm25(k1, b)
         known = index.get_tokens_ids(list(terms)) if index is not None else []
@@ -109,6 +134,7 @@ class FolderStore(Store):
         best = np.argsort(-scores_N, kind="stable")[:k]
         return [(int(i), float(scores_N[i])) for i in best if scores_N[i] > 0]
 
+    @_as_written
     def nearest(self, queries_QD: Floats, k: int) -> list[Neighbours]:
         vectors = self._contents.vectors
         if vectors is None:
@@ -119,12 +145,14 @@ class FolderStore(Store):
             for which, near in zip(found, distances, strict=True)
         ]
 
+    @_as_written
     def sample(self, count: int) -> Floats:
         vectors = self._contents.vectors
         if vectors is None:
             return np.zeros((0, 0), np.float32)
         return np.asarray(vectors.points[:: -(-len(vectors.points) // count) or 1])
 
+    @_as_written
     def read(self, ids: Sequence[int]) -> list[Passage]:
         return [self._contents.passages[i] for i in ids]
 
@@ -158,6 +186,7 @@ class FolderStore(Store):
 
     # On disk
 
+    @_as_written
     def _open(self, path: Path) -> None:
         try:
             data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -167,9 +196,9 @@ class FolderStore(Store):
         self._manifest = Manifest.from_json(data, self.where)
         if written != _digest(data):
             raise damaged(self.where, f"{MANIFEST} is not as it was written")
-        self._digest, self._folder = written, path / data["data"]
+        self._digest, self._folder = written, path / _inside(data["data"])
         for name, (size, sha256) in data["files"].items():
-            self._check(self._folder / name, size, sha256)
+            self._check(self._folder / _inside(name), size, sha256)
         self._contents = _load(self._folder, {name: (sha, count) for name, sha, count in data["documents"]})
 
     def _check(self, path: Path, size: int, sha256: str) -> None:
@@ -271,6 +300,13 @@ class PassageFile(Sequence[Passage]):
             return [self[i] for i in range(*index.indices(len(self)))]
         source, text = json.loads(self._bytes[self._starts[index] : self._starts[index + 1]])
         return Passage(text, source)
+
+
+def _inside(name: str) -> str:
+    """`name`, which leads to nowhere but below the folder that it is joined to. Raises ValueError if it does not."""
+    if not name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+        raise ValueError(f"{MANIFEST} names {name!r}, which is no file of the store")
+    return name
 
 
 def _is_unfinished(path: Path) -> bool:

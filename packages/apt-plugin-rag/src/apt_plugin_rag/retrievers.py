@@ -16,7 +16,7 @@ from apt.core.providers.retrieval import Passage, RetrievalProvider
 from apt_plugin_rag.contents import Document, Fit, Vectors
 from apt_plugin_rag.embeddings import Embedder
 from apt_plugin_rag.lsi import ARRAYS, LSI, fit
-from apt_plugin_rag.store import Manifest, Store, open_store
+from apt_plugin_rag.store import Manifest, Store, damaged, open_store
 from apt_plugin_rag.terms import Analyzer
 
 BATCH = 64
@@ -237,16 +237,18 @@ class DenseRetriever(StoredRetriever):
         return self._model.description if self._model is not None else None
 
     def search(self, query: str, k: int) -> list[Scored]:
-        vector_K: Any = None
-        if self._model is not None:
-            vector_K = self._model.embed([query])[0]
-        elif self._lsi is not None:
-            vector_K = self._lsi.embed(Counter(self._analyzer.query(query)))
+        vector_K = self._model.embed([query])[0] if self._model is not None else self._by_terms(query)
         if vector_K is None or not vector_K.any():
             return []
         [found] = self.store.nearest(vector_K[None], k)
         # Vectors have length one: |x - y|^2 = 2 - 2 cos(x, y).
         return list(zip(found.passages.tolist(), (1 - found.distances / 2).tolist(), strict=True))
+
+    def _by_terms(self, query: str) -> Any:
+        try:
+            return self._lsi.embed(Counter(self._analyzer.query(query))) if self._lsi is not None else None
+        except (ValueError, IndexError, TypeError) as error:
+            raise damaged(self.store.where, f"its arrays do not fit each other ({error})") from error
 
     def update(self, *changes: Any, **more: Any) -> None:
         self.__dict__.pop("_lsi", None)

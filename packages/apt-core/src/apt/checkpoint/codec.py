@@ -64,7 +64,8 @@ def encode(state: object, where: str = "state", *, copy: bool = False) -> tuple[
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state that `encode` split; its tensors are those given, as they are."""
+    """The state that `encode` split; its tensors are those given, as they are. Anything else raises one of
+    `manifest.DAMAGE`."""
     if isinstance(structure, list):
         return [decode(item, tensors) for item in structure]
     if not isinstance(structure, dict):
@@ -88,7 +89,7 @@ def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
             return int(value, 16)
         case "$str":
             return b64decode(value).decode("utf-8", "surrogatepass")
-    raise AssertionError(f"unknown tag {tag!r}")
+    raise ValueError(f"unknown tag {tag!r}")
 
 
 def portable(tensors: Mapping[str, Tensor], where: str = "", *, copy: bool = False) -> dict[str, Tensor]:

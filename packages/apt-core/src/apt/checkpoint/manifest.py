@@ -7,7 +7,9 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from apt.checkpoint.durable import sha256
 from apt.core.errors import AptWarning, CheckpointError
@@ -18,6 +20,31 @@ MODEL = "model.safetensors"
 TENSORS = "state.safetensors"
 STRUCTURE = "state.json"
 MANIFEST = "manifest.json"
+
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What reading nested data comes to where it is not as it was written."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What every manifest says. Its hash of itself shows that it is as it was written, and not by whom."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    step: int
+    epoch: int
+    batch_index: int
+    metrics: dict[str, Any]
+    dropped: list[str]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")], _File]
+    """{a name in the folder: what it holds}."""
 
 
 def folders_of(store: Path) -> dict[int, Path]:
@@ -54,13 +81,16 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
         content = json.loads(data)
         del content["sha256"]
         whole = seal(content) == data
+        known = content["format"] == FORMAT
+        if known:
+            _Manifest.model_validate(content)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="load another step") from error
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except DAMAGE:
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is damaged", hint="load another step")
-    if content["format"] != FORMAT:
+    if not known:
         raise CheckpointError(
             f"{path} has format {content['format']}, and this version of APT reads {FORMAT}",
             hint="use the version that wrote it",
@@ -73,6 +103,8 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
 def verify(folder: Path, step: int, *, only: str | None = None) -> dict[str, Any]:
     """The manifest, if every file is as it says, or `only` the one named. Raises CheckpointError if not."""
     manifest = read_manifest(folder, step)
+    if missing := {MODEL, TENSORS, STRUCTURE} - manifest["files"].keys():
+        raise CheckpointError(f"{folder / MANIFEST} does not name {min(missing)}", hint="load another step")
     for name, known in manifest["files"].items():
         if only not in (None, name):
             continue

@@ -34,6 +34,7 @@ from apt.checkpoint.averages import averages
 from apt.checkpoint.codec import decode, encode, portable
 from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
 from apt.checkpoint.manifest import (
+    DAMAGE,
     FORMAT,
     MANIFEST,
     MODEL,
@@ -175,15 +176,23 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step with the lowest finite `metrics["val_loss"]`, the first of several; None if there is none."""
-        losses = {}
+        return self._best()[0]
+
+    def _best(self) -> tuple[int | None, set[int]]:
+        """The best, and the steps of which the system does not say now what they are: any may be the best."""
+        losses: dict[int, float] = {}
+        unread: set[int] = set()
         for step, folder in sorted(self._folders().items()):
             try:
-                loss = decode(read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan)
-            except CheckpointError:
+                with _readable(folder):
+                    loss = float(decode(read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan))
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    unread.add(step)
                 continue
             if math.isfinite(loss):
                 losses[step] = loss
-        return min(losses, key=losses.__getitem__, default=None)
+        return min(losses, key=losses.__getitem__, default=None), unread
 
     def load(self, step: int | None = None) -> Checkpoint:
         """Read a checkpoint, every file of it verified. Its tensors are on the CPU, in memory of their own.
@@ -263,7 +272,8 @@ class CheckpointStore:
     def _prune(self, current: int) -> None:
         folders = self._folders()
         past = [step for step in sorted(folders) if step <= current]
-        kept = {*past[-self.keep_last :], *self._milestones(past), self.best() if self.keep_best else None}
+        best, unread = self._best() if self.keep_best else (None, set())
+        kept = {*past[-self.keep_last :], *self._milestones(past), best, *unread}
         for step in past:
             if step not in kept:
                 _remove(folders[step])
@@ -317,22 +327,24 @@ def _manifest(facts: dict[str, Any], folder: Path) -> bytes:
 
 def _load(folder: Path, step: int) -> Checkpoint:
     manifest = verify(folder, step)
-    tensors = _read_tensors(folder / TENSORS)
-    states = json.loads((folder / STRUCTURE).read_bytes())
-    return Checkpoint(
-        step=step,
-        epoch=manifest["epoch"],
-        batch_index=manifest["batch_index"],
-        model=_read_tensors(folder / MODEL),
-        metrics=decode(manifest["metrics"], {}),
-        dropped=manifest["dropped"],
-        **{name: decode(structure, tensors) for name, structure in states.items()},
-    )
+    with _readable(folder):
+        tensors = _read_tensors(folder / TENSORS)
+        states = json.loads((folder / STRUCTURE).read_bytes())
+        return Checkpoint(
+            step=step,
+            epoch=manifest["epoch"],
+            batch_index=manifest["batch_index"],
+            model=_read_tensors(folder / MODEL),
+            metrics=decode(manifest["metrics"], {}),
+            dropped=manifest["dropped"],
+            **{name: decode(structure, tensors) for name, structure in states.items()},
+        )
 
 
 def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
     verify(folder, step, only=MODEL)
-    return step, _read_tensors(folder / MODEL)
+    with _readable(folder):
+        return step, _read_tensors(folder / MODEL)
 
 
 def _load_with_optimizer(folder: Path, step: int) -> tuple[int, dict[str, Tensor], Any]:
@@ -343,6 +355,21 @@ def _load_with_optimizer(folder: Path, step: int) -> tuple[int, dict[str, Tensor
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     # What load_file returns are windows on the file: unaligned, and at the mercy of whoever writes to it.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong over files that are as their manifest says into a CheckpointError: they, and it, were
+    written by something else than a store."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (*DAMAGE, SafetensorError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder} is damaged ({type(error).__name__}: {text})", hint="load another step"
+        ) from error
 
 
 @contextmanager

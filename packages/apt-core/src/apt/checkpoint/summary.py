@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoint.manifest import MODEL, STRUCTURE, folders_of, verify
+from apt.checkpoint.manifest import DAMAGE, MODEL, STRUCTURE, folders_of, verify
 from apt.core.errors import CheckpointError
 
 
@@ -95,8 +95,11 @@ def _summary(step: int, folder: Path) -> Summary:
     for warning in told:  # a file beside those of the manifest
         warnings.warn(warning.message, stacklevel=3)
     summary.epoch, summary.dropped = manifest["epoch"], manifest["dropped"]
-    summary.metrics = {name: _number(value) for name, value in manifest["metrics"].items()}
-    summary.states = sorted(_plain(json.loads((folder / STRUCTURE).read_bytes())["plugins"]))
+    try:
+        summary.metrics = {name: _number(value) for name, value in manifest["metrics"].items()}
+        summary.states = sorted(_plain(json.loads((folder / STRUCTURE).read_bytes())["plugins"]))
+    except DAMAGE as error:
+        summary.problem = f"{folder} is damaged ({type(error).__name__}: {error})"
     return summary
 
 

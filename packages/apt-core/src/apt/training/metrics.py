@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from apt.core.errors import AptWarning
 
 
 class MetricsFile:
@@ -42,13 +45,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a crash is passed over."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    """The records of a metrics file. A last line that was cut off by a crash is passed over; so is, with an
+    AptWarning, any other that is no record."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                return
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                yield record
+            elif line.endswith(b"\n"):
+                warnings.warn(f"{path}:{number} is no record of metrics, and is passed over", AptWarning, stacklevel=2)
 
 
 def _line(record: Mapping[str, Any]) -> str:
