@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apt.core.config import RunConfig
+    from apt.core.device import free_memory
     from apt.core.errors import (
         AptError,
         AptWarning,
@@ -52,6 +53,7 @@ _HOMES = {
     "Trainer": "apt.training.trainer",
     "evaluate": "apt.evaluation.evaluate",
     "find_run": "apt.core.runs",
+    "free_memory": "apt.core.device",
     "hookimpl": "apt.hookspecs",
     "load_run": "apt.inference.loading",
     "registry": "apt.core.registry",
@@ -82,6 +84,7 @@ __all__ = [
     "Trainer",
     "evaluate",
     "find_run",
+    "free_memory",
     "hookimpl",
     "load_run",
     "registry",

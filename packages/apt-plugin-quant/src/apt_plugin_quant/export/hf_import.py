@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apt.api import AptWarning, ConfigError, DataError, ModelBuilder, RunFolder, registry, save_model
+from apt.api import AptWarning, ConfigError, DataError, ModelBuilder, RunFolder, free_memory, registry, save_model
 from apt_plugin_quant.export.hf_config import RESTORE, Llama, read_config
 from apt_plugin_quant.export.llama import Layout, from_llama
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_JSON = 64 << 20
 """Bytes of JSON that are read; the largest index in circulation has some 10 MB."""
+
+MORE_NAMES = 10_000
+"""Tensors that a folder may lack for one of them to be named."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that are taken, as safetensors calls them."""
@@ -56,7 +62,7 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
     layout = config.layout()
     files = _files(folder)
     tokenizer_path = (folder / "tokenizer.json").absolute()
-    if not tokenizer_path.is_file():
+    if not _own(tokenizer_path).is_file():
         raise DataError(
             f"{folder} holds no tokenizer.json",
             hint="write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
@@ -77,6 +83,14 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
     out = out or Path("runs") / builder.config.name
     if out.exists():
         raise ConfigError(f"{out} exists already", hint="give another folder with --out, or remove it")
+    # Twice, for the model and for what is read; a file may be larger than the disk that it lies on.
+    needed = 2 * 4 * sum(map(math.prod, layout.shapes().values()))
+    if needed > free_memory():
+        raise DataError(
+            f"{folder} holds a model that takes {needed / 1e9:,.1f} GB to read, and there are "
+            f"{free_memory() / 1e9:,.1f} GB here",
+            hint="import it on a larger machine",
+        )
     model = builder.build_model()
     model.load_state_dict(from_llama(_read(folder, files), layout))
     run = save_model(out, builder, model.eval(), tokenizer)
@@ -141,6 +155,10 @@ def _check_end(named: int | list[int] | None, eos_id: int | None) -> None:
 
 def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> None:
     """Raise DataError unless the folder holds what the config says: names and shapes."""
+    if layout.num_layers * (layout.experts or 1) > len(files) + MORE_NAMES:  # there are not so many, and no memory
+        raise DataError(
+            f"{folder} lacks most of the model that config.json describes: it has {len(files)} tensors", hint=RESTORE
+        )
     wanted = layout.shapes()
     missing = [name for name in wanted if name not in files]
     strange = [name for name in files if name not in wanted and not (layout.tied and name == "lm_head.weight")]
@@ -179,6 +197,31 @@ def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
     return found
 
 
+def _own(path: Path) -> Path:
+    """`path`, unless it is no file, or a link that leads out of its folder. One into the cache that the folder is a
+    snapshot of is what the hub's library makes.
+
+    Raises:
+        DataError: it is.
+    """
+    folder, real = path.parent.resolve(), Path(os.path.realpath(path))
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if path.is_symlink() and real.parent not in (folder, cache):
+        raise DataError(f"{path} is a link that leads out of its folder, to {real}", hint="put the file itself there")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file", hint=RESTORE)
+    return path
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; json itself keeps the last of several with one key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is given twice")
+    return content
+
+
 def _names(path: Path) -> list[str]:
     with _open(path) as tensors:
         return list(tensors.keys())
@@ -186,17 +229,17 @@ def _names(path: Path) -> list[str]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        return safe_open(_own(path), framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path} cannot be read: {reason}", hint=RESTORE) from error
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON:
+        if _own(path).stat().st_size > MAX_JSON:
             raise DataError(f"{path} is larger than {MAX_JSON >> 20} MiB", hint=hint)
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
