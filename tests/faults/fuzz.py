@@ -144,9 +144,9 @@ def use_tokenizer(folder: Path) -> None:
 
 def run(folder: Path) -> RunFolder:
     """A run of two steps."""
-    (folder / "text.txt").write_text(VERSES)
     data = {"train_path": str(folder / "text.txt"), "cache_dir": str(folder / "cache")}
     if not (folder / "run").exists():
+        (folder / "text.txt").write_text(VERSES)
         Trainer({**CONFIG, "data": data}, quiet=True, run_dir=folder / "run").train()
     return RunFolder(folder / "run")
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz
 import hostile
+import hostile_folders
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
 from plugin_faults import FAULTS, ages, plugin_row
@@ -362,6 +363,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             lambda: tally(hostile.text_that_changes(folder / "changing")),
             *([] if smoke else [lambda: tally(hostile.data(folder / "texts"))]),
         ],
+        "folders": [lambda: tally(hostile_folders.folders(folder / "folders"))],
         "fuzz": [
             lambda name=name: changes(name, folder, smoke)  # type: ignore[misc]
             for name in fuzz.PARSERS

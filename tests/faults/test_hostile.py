@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import fuzz
 import hostile
+import hostile_folders
 import pytest
 
 from apt.cli.main import main
@@ -40,6 +42,24 @@ def test_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -
     else:
         assert code == 2 and not hostile.refused(error.splitlines(), says)
         assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", hostile_folders.CASES)
+def test_a_folder(tmp_path: Path, case: str) -> None:
+    if "store" in case:
+        pytest.importorskip("bm25s", reason="stores of passages need it")
+    assert not hostile_folders.problem_of(case, tmp_path / "root")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_no_escape(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x/snapshots/0", tmp_path / "models--x/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in fuzz.llama(snapshot):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    hostile_folders.import_model(snapshot)
+    assert (snapshot.parent / "out/profile.yaml").is_file()
 
 
 def test_what_is_refused_with_more_than_a_line_or_elsewhere_is_noticed() -> None:

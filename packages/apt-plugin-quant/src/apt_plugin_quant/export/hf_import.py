@@ -61,6 +61,10 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
     config = read_config(path, _read_json(path, "a folder that transformers has saved holds one"))
     layout = config.layout()
     files = _files(folder)
+    if layout.num_layers * (layout.experts or 1) > len(files) + MORE_NAMES:  # memory has no room for their names
+        raise DataError(
+            f"{folder} lacks most of the model that config.json describes: it has {len(files)} tensors", hint=RESTORE
+        )
     tokenizer_path = (folder / "tokenizer.json").absolute()
     if not _own(tokenizer_path).is_file():
         raise DataError(
@@ -83,14 +87,6 @@ def import_hf(folder: Path, out: Path | None = None, *, train_path: str | None =
     out = out or Path("runs") / builder.config.name
     if out.exists():
         raise ConfigError(f"{out} exists already", hint="give another folder with --out, or remove it")
-    # Twice, for the model and for what is read; a file may be larger than the disk that it lies on.
-    needed = 2 * 4 * sum(map(math.prod, layout.shapes().values()))
-    if needed > free_memory():
-        raise DataError(
-            f"{folder} holds a model that takes {needed / 1e9:,.1f} GB to read, and there are "
-            f"{free_memory() / 1e9:,.1f} GB here",
-            hint="import it on a larger machine",
-        )
     model = builder.build_model()
     model.load_state_dict(from_llama(_read(folder, files), layout))
     run = save_model(out, builder, model.eval(), tokenizer)
@@ -154,11 +150,7 @@ def _check_end(named: int | list[int] | None, eos_id: int | None) -> None:
 
 
 def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> None:
-    """Raise DataError unless the folder holds what the config says: names and shapes."""
-    if layout.num_layers * (layout.experts or 1) > len(files) + MORE_NAMES:  # there are not so many, and no memory
-        raise DataError(
-            f"{folder} lacks most of the model that config.json describes: it has {len(files)} tensors", hint=RESTORE
-        )
+    """Raise DataError unless the folder holds what the config says, names and shapes, and memory holds it too."""
     wanted = layout.shapes()
     missing = [name for name in wanted if name not in files]
     strange = [name for name in files if name not in wanted and not (layout.tied and name == "lm_head.weight")]
@@ -169,6 +161,14 @@ def _check_tensors(folder: Path, files: Mapping[str, str], layout: Layout) -> No
                 f"{folder} {what} {names[0]}{more}: it does not hold the model that config.json describes",
                 hint=RESTORE,
             )
+    # Twice, for the model and for what is read; a file may be larger than the disk that it lies on.
+    needed = 2 * 4 * sum(map(math.prod, wanted.values()))
+    if needed > free_memory():
+        raise DataError(
+            f"{folder} holds a model that takes {needed / 1e9:,.1f} GB to read, and there are "
+            f"{free_memory() / 1e9:,.1f} GB here",
+            hint="import it on a larger machine",
+        )
     for file in sorted(set(files.values())):
         with _open(folder / file) as tensors:
             held = set(tensors.keys())
@@ -230,7 +230,7 @@ def _names(path: Path) -> list[str]:
 def _open(path: Path) -> Any:
     try:
         return safe_open(_own(path), framework="pt")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: it cannot be mapped
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path} cannot be read: {reason}", hint=RESTORE) from error
 
