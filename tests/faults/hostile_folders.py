@@ -149,6 +149,22 @@ def open_run(folder: Path) -> None:
     load_run(fuzz.run(folder), device="cpu")
 
 
+def embeddings(kind: str, name: str) -> Callable[[Path], object]:
+    """A model of sentence-transformers with a module of this class, and a file of this name."""
+
+    def make(folder: Path) -> None:
+        (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]))
+        (folder / name).write_text("open('../outside/ran', 'w')\n")
+
+    return make
+
+
+def embed(folder: Path) -> None:
+    from apt_plugin_rag.embeddings import Embedder
+
+    Embedder(str(folder))
+
+
 def new_plugin(name: str) -> Callable[[Path], object]:
     def call(folder: Path) -> None:
         from apt.cli.scaffold import names_of, write_plugin
@@ -203,6 +219,12 @@ CASES: dict[str, Case] = {
     "a store that lies at ../": (store_names("data", "../../outside"), fuzz.search, "which is no file of the store"),
     "a store that lies elsewhere": (store_names("data", "/etc"), fuzz.search, "which is no file of the store"),
     "a store that names ../": (store_names("files", "../../../outside/secret"), fuzz.search, "which is no file of"),
+    "a model of embeddings that brings code": (
+        embeddings("evil.Evil", "evil.py"), embed, "names 'evil.Evil', which is no module of sentence-transformers",
+    ),
+    "a model of embeddings that is a pickle": (
+        embeddings("sentence_transformers.models.Transformer", "pytorch_model.bin"), embed, "is a pickle",
+    ),
     "a plugin called ../x": (nothing, new_plugin("../outside/x"), "cannot be the name of a package"),
     "a plugin called /x": (nothing, new_plugin("/tmp/x"), "cannot be the name of a package"),
     "a plugin called ..": (nothing, new_plugin(".."), "cannot be the name of a package"),

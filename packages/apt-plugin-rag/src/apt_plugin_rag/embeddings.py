@@ -58,6 +58,7 @@ def _kind(path: Path) -> str:
     if (path / "tokenizer.json").is_file() and (is_static or "model2vec" in str(config)):
         return "model2vec"
     if isinstance(modules, list):
+        _check_modules(path, modules)
         return "sentence-transformers"
     what = "is not the folder of a model of sentence-transformers or model2vec" if path.is_dir() else "is no folder"
     raise ConfigError(
@@ -66,11 +67,29 @@ def _kind(path: Path) -> str:
     )
 
 
+def _check_modules(path: Path, modules: list[Any]) -> None:
+    """Raise ConfigError where the library would run code of the folder's own: it imports the classes that modules.json
+    names, some versions of it from the folder itself, and what is no safetensors is a pickle."""
+    for module in modules:
+        name = module.get("type") if isinstance(module, dict) else None
+        if not isinstance(name, str) or not name.startswith("sentence_transformers."):
+            raise ConfigError(
+                f"{path / 'modules.json'} names {name!r}, which is no module of sentence-transformers",
+                hint="choose a model that needs no code of its own",
+            )
+    for pickle in path.rglob("pytorch_model*.bin"):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise ConfigError(
+                f"{pickle} is a pickle, which may run any code and is not read",
+                hint="save the model again with sentence-transformers, which writes safetensors",
+            )
+
+
 def _json(path: Path) -> Any:
     """What a file holds; None where there is none, or something else than JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
