@@ -300,7 +300,7 @@ def tally(found: tuple[str, list[hostile.Result]]) -> Row:
 def changes(name: str, folder: Path, smoke: bool) -> Row:
     """One of the files that are read, changed at random: a result or an error of ours comes out, promptly."""
     row = Row(f"{name}, changed at random")
-    times = (20 if smoke else 2000) // (10 if name in fuzz.SLOW else 1)
+    times = (20 if smoke else 500) // (10 if name in fuzz.SLOW else 1)
     place = Path(tempfile.mkdtemp(dir=folder)) / "files"
     for number, problem in enumerate(fuzz.problems(fuzz.PARSERS[name], place, times)):
         row.add(f"change {number}", problem)
