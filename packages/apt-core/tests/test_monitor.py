@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import subprocess
 import sys
 import time
@@ -51,12 +52,13 @@ def test_what_rises_and_falls_between_two_looks_is_seen_while_it_watches() -> No
     monitor = ResourceMonitor()
     with monitor.watching(every=0.01):
         low = monitor.history[0].memory
-        held = bytearray(b"x" * (64 * MB))
+        held = mmap.mmap(-1, 64 * MB)  # its own pages: what Python or torch allocates may be there already
+        held.write(bytes(64 * MB))
         seen = len(monitor.history)
         deadline = time.monotonic() + 20
         while len(monitor.history) < seen + 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        del held
+        held.close()
     assert monitor.peak_memory - low > 32 * MB
     count = len(monitor.history)
     time.sleep(0.05)

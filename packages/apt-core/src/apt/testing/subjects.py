@@ -211,7 +211,8 @@ class AttentionSubject(LayerSubject):
     def _first_that_fits(self) -> tuple[int, int]:
         for d_model, num_heads in self.SIZES:
             try:
-                self._create(d_model, num_heads)
+                with torch.random.fork_rng():  # whoever asks first has a seed of its own
+                    self._create(d_model, num_heads)
             except ConfigError as error:
                 refusal = error
                 continue
