@@ -208,6 +208,7 @@ def check_contents(session: nox.Session) -> None:
         wanted = ["licenses/LICENSE", "/py.typed"]
         if wheel.name.startswith("apt_core-"):
             wanted += ["apt/profiles/tiny_debug.yaml", "apt/cli/templates/all/pyproject.toml.tmpl"]
+            wanted += ["apt_model/py.typed", "apt/plugins/quant/__init__.py"]
         missing = [ending for ending in wanted if not any(name.endswith(ending) for name in names)]
         strays = [name for name in names if "tests/" in name and not name.endswith(".tmpl")]
         if missing or strays:
