@@ -361,9 +361,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=["apt", "hf", "lightning"])
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
-    parser.add_argument("--points", type=int, default=10**9, help="how many operations to fail at; all if left out")
-    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="those alone")
+    parser.add_argument("--points", type=int, default=10**9, help="how many operations, 2 or more, to fail at")
+    names = [experiment.__name__ for experiment in EXPERIMENTS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="EXPERIMENT", help=", ".join(names))
     args = parser.parse_args()
+    if args.points < 2:
+        parser.error("--points must be 2 or more")
     temporary = args.work.resolve() / "tmp"
     os.environ |= {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)

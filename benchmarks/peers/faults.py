@@ -1,9 +1,9 @@
 """The same faults for APT, Hugging Face's Trainer and Lightning: `python benchmarks/peers/faults.py --work DIR`.
 
-Makes an environment for each of the other two under DIR with pip; APT is that of this checkout, and this Python must have
-what it requires. Tries every fault of `experiments.py` on each, one after the other (a quarter of an hour on two busy
-cores; with `--points 12` it fails at twelve operations instead of all), and prints the table. `--write` puts it into
-docs/peers.md. Linux on x86-64 only.
+Makes an environment for each of the other two under DIR with pip; APT is that of this checkout, and this Python must
+have what it requires. Tries every fault of `experiments.py` on each, one after the other (a quarter of an hour on two
+busy cores; with `--points 12` it fails at twelve operations instead of all), and prints the table. `--write` puts it
+into docs/peers.md. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if why := supported():
         parser.error(why)
+    if args.points is not None and args.points < 2:
+        parser.error("--points must be 2 or more")
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     options = ("--points", str(args.points)) if args.points else ()

@@ -57,7 +57,7 @@ class Peer(Protocol):
 
     name: str
     offers: frozenset[str]
-    """What the documentation offers beyond saving and resuming, of "saving at a signal", "an early stop" and "checks for debugging"."""
+    """Of "saving at a signal", "an early stop" and "checks for debugging": what its documentation has besides."""
 
     def versions(self) -> dict[str, str]: ...
 

@@ -170,46 +170,46 @@ class Supervisor:
                     return
                 if not ready:
                     raise TimeoutError("it goes on and on")
-                if ready[listener] & select.POLLIN:
-                    self._answer(child, listener)
-                else:
+                if not ready[listener] & select.POLLIN:
                     poll.unregister(listener)
+                elif not self._answer(listener):
+                    poll.unregister(listener)  # an answer, to another thread too, might still let a call happen
+                    os.kill(child, signal.SIGKILL)
         finally:
             os.close(life)
 
-    def _answer(self, child: int, listener: int) -> None:
+    def _answer(self, listener: int) -> bool:
+        """Take one question; False, and no answer, if the process is to die of it."""
         notice = bytearray(NOTICE.size)
         try:
             fcntl.ioctl(listener, RECEIVE, notice, True)
-        except OSError:  # whoever asked has died
-            return
-        number, task, _, call, _, _, *arguments = NOTICE.unpack(notice)
-        refusal = self._decide(CALLS[call], task, arguments, child)
-        reply = REPLY.pack(number, 0, -(refusal or 0), 0 if refusal else LET_IT_HAPPEN)
-        try:
+            number, task, _, call, _, _, *arguments = NOTICE.unpack(notice)
+            refusal = self._decide(CALLS[call], task, arguments)
+            if refusal == DIE:
+                return False
+            reply = REPLY.pack(number, 0, -refusal, 0 if refusal else LET_IT_HAPPEN)
             fcntl.ioctl(listener, SEND, bytearray(reply), True)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # whoever asked is gone: the process has ended in the meantime
+        return True
 
-    def _decide(self, call: Call, task: int, arguments: Sequence[int], child: int) -> int | None:
-        """None to let the call happen, or the error that it fails with."""
+    def _decide(self, call: Call, task: int, arguments: Sequence[int]) -> int:
+        """0 to let the call happen, or the error that it fails with, or DIE."""
         if call.flags is not None and not arguments[call.flags] & WRITES:
-            return None
+            return 0
         paths = [_opened(task, arguments[which]) for which in call.descriptors]
         paths += [_path(task, HERE if at == HERE else arguments[at], arguments[which]) for at, which in call.paths]
         inside = [(path, root) for path in paths for root in self._roots if (path + os.sep).startswith(root + os.sep)]
         if not inside:
-            return None
+            return 0
         self.operations.append(f"{call.name} {os.path.relpath(*inside[0])}")
         count = len(self.operations)
         if self.fault == "kill" and count == self.nth:
-            os.kill(child, signal.SIGKILL)
-            return None
+            return DIE
         if self.fault == "ENOSPC" and 0 < self.nth <= count and call.needs_space and _grows(call, arguments, paths[0]):
             return errno.ENOSPC
         self.ledger.note(call.name, paths)
-        return None
+        return 0
 
 
 def _grows(call: Call, arguments: Sequence[int], path: str) -> bool:
@@ -256,6 +256,7 @@ REPLY = struct.Struct("=QqiI")
 """struct seccomp_notif_resp: id, value, error, flags."""
 RECEIVE, SEND = ((3 << 30) | (size.size << 16) | (ord("!") << 8) | nr for nr, size in enumerate((NOTICE, REPLY)))
 LET_IT_HAPPEN = 1
+DIE = -1
 AT_FDCWD = -100
 X86_64 = 0xC000003E
 
