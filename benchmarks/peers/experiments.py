@@ -15,9 +15,11 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,8 +75,7 @@ class Lab:
     checkpoints hold paths.
 
     Args:
-        folder: where everything is made; the system's folder for temporary files must lie in it, for Lightning writes
-            there first.
+        folder: where everything is made, temporary files too: Lightning writes a checkpoint to one of them first.
     """
 
     peer: Peer
@@ -92,6 +93,7 @@ class Lab:
             code = 1
             try:
                 peer.quiet(said)
+                os.environ["TMPDIR"] = tempfile.tempdir = str(self.temporary)
                 for name in ("SIGINT", "SIGTERM"):  # they may be ignored where this was started
                     signal.signal(getattr(signal, name), signal.SIG_DFL)
                 self.peer.train(self.run, watch.order, watch)
@@ -118,9 +120,24 @@ class Lab:
         return self.train(order)
 
     def clear(self) -> None:
+        """Away with the run, and with temporary files."""
         for folder in (self.run, self.temporary):
             shutil.rmtree(folder, ignore_errors=True)
         self.temporary.mkdir(parents=True)
+
+    @contextmanager
+    def temporary_files_in(self, folder: Path | None) -> Iterator[None]:
+        """What is trained meanwhile has its temporary files there, in a folder that is gone in the end; None for the
+        usual place."""
+        usual = self.temporary
+        if folder is not None:
+            self.temporary = folder
+        try:
+            yield
+        finally:
+            self.temporary = usual
+            if folder is not None:
+                shutil.rmtree(folder)
 
     def keep(self, name: str) -> Path:
         """A copy of the run as it is now."""
@@ -134,10 +151,9 @@ class Lab:
         self.clear()
         shutil.copytree(copy, self.run, symlinks=True)
 
-    def half(self, order: Order | None = None) -> Path:
+    def half(self) -> Path:
         """A run that was stopped, saved, at half its way."""
-        order = dataclasses.replace(order or Order(), until=peer.STEPS // 2)
-        self.begin(order)
+        self.begin(Order(until=peer.STEPS // 2))
         return self.keep("half")
 
     def finish(self, order: Order | None = None) -> tuple[str, Watch]:
@@ -209,28 +225,46 @@ def dying(lab: Lab, most: int) -> Iterator[Row]:
     """Killed, or without power, or with a full disk, at each operation of three saves with rotation; then resumed."""
     end = lab.begin(Order()).watch.end
     half = lab.half()
-    lab.restore(half)
-    operations = len(lab.train().operations)
-    for fault in ("SIGKILL", "power cut", "full disk"):
+    for fault, temporary in (
+        ("SIGKILL", None),
+        ("SIGKILL, temporary files on another disk,", another_disk(lab.folder)),
+        ("power cut", None),
+        ("full disk", None),
+    ):
         alone, exact, lost = Row(f"{fault} at a file operation: resumed"), Row("of these bit for bit"), 0
         by_hand = Row("of the others resumed by hand")
-        for nth in points(operations, most):
+        with lab.temporary_files_in(temporary):
             lab.restore(half)
-            outcome = lab.train(nth=nth, fault="ENOSPC" if fault == "full disk" else "kill")
-            if fault != "full disk" and outcome.code != -signal.SIGKILL:
-                continue  # a thread saves, and the run made a few operations fewer this time
-            if fault == "power cut":
-                outcome.cut_power()
-            broken = lab.keep("broken")
-            problem, watch = lab.finish()
-            alone.add(problem)
-            if problem:
-                lab.restore(broken)
-                by_hand.add(lab.finish_by_hand())
-            else:
-                exact.add("" if watch.end == end else "the end is another one")
-                lost = max(lost, outcome.watch.done - watch.first)
+            operations = len(lab.train().operations)
+            for nth in points(operations, most):
+                lab.restore(half)
+                outcome = lab.train(nth=nth, fault="ENOSPC" if fault == "full disk" else "kill")
+                if fault != "full disk" and outcome.code != -signal.SIGKILL:
+                    continue  # a thread saves, and the run made a few operations fewer this time
+                if fault == "power cut":
+                    outcome.cut_power()
+                broken = lab.keep("broken")
+                problem, watch = lab.finish()
+                alone.add(problem)
+                if problem:
+                    lab.restore(broken)
+                    by_hand.add(lab.finish_by_hand())
+                else:
+                    exact.add("" if watch.end == end else "the end is another one")
+                    lost = max(lost, outcome.watch.done - watch.first)
         yield from (alone, exact, Row("steps lost at most, of these", said=str(lost)), by_hand)
+
+
+def another_disk(folder: Path) -> Path:
+    """A folder on another file system than this one.
+
+    Raises:
+        RuntimeError: none is known.
+    """
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == folder.stat().st_dev:
+        raise RuntimeError(f"{memory} is no other file system than that of {folder}: choose another --work")
+    return Path(tempfile.mkdtemp(dir=memory, prefix="peers-"))
 
 
 def damage(lab: Lab, most: int) -> Iterator[Row]:
@@ -367,8 +401,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.points < 2:
         parser.error("--points must be 2 or more")
-    temporary = args.work.resolve() / "tmp"
-    os.environ |= {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     found: Peer = importlib.import_module(f"peer_{args.peer}").PEER
     lab = Lab(found, args.work.resolve())

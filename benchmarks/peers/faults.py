@@ -1,8 +1,8 @@
 """The same faults for APT, Hugging Face's Trainer and Lightning: `python benchmarks/peers/faults.py --work DIR`.
 
 Makes an environment for each of the other two under DIR with pip; APT is that of this checkout, and this Python must
-have what it requires. Tries every fault of `experiments.py` on each, one after the other (a quarter of an hour on two
-busy cores; with `--points 12` it fails at twelve operations instead of all), and prints the table. `--write` puts it
+have what it requires. Tries every fault of `experiments.py` on each, one after the other (half an hour on two busy
+cores; with `--points 12` it fails at twelve operations instead of all), and prints the table. `--write` puts it
 into docs/peers.md. Linux on x86-64 only.
 """
 
@@ -100,14 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     options = ("--points", str(args.points)) if args.points else ()
-    results = [results_of(work, name, options) for name in PEERS]
+    try:
+        results = [results_of(work, name, options) for name in PEERS]
+    except subprocess.CalledProcessError as error:
+        parser.exit(1, f"{' '.join(error.cmd)} ended with {error.returncode}\n")
     (work / "results.json").write_text(json.dumps(results, indent=1))
     text = table(results)
     print(text)
     for result in results:
         for cell in result["rows"]:
             for reason, count in cell["wrong"].items():
-                print(f"{result['name']}, {cell['experiment']}: {count} times: {reason}")
+                print(f"{result['name']}, {cell['experiment']}, {count} of {cell['of']}: {reason}")
     if args.write:
         PAGE.write_text(put_in(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
     return 0
