@@ -55,6 +55,10 @@ def on_step_end(step):
 """What has to happen so that a hook is called."""
 
 HANG = 'open(os.environ["HANGS"], "w").close()\n    while True: time.sleep(0.01)'
+HANG_IN_C = """open(os.environ["HANGS"], "w").close()
+    import ctypes
+    lock = ctypes.create_string_buffer(64)  # a mutex of pthreads, unlocked
+    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(lock)"""
 WRONG = {
     "extra_losses": [
         "object()", "[logits.mean()]", '{"x": 1.0}', '{"x": logits}', "{1: logits.mean()}", '{"x": logits.mean() * 1j}',
@@ -142,6 +146,8 @@ def cells(fault: str) -> Iterator[Cell]:
                 yield Cell(hook, fault, HANG, 0, r"faulty.* is not used: .*3 s")
             else:
                 yield Cell(hook, fault, HANG, -signal.SIGTERM if named else 130, said)
+            if hook in SMOKE_HOOKS:
+                yield Cell(hook, fault, HANG_IN_C, 143, said)
         elif fault == "wrong type":
             for result in WRONG.get(hook, ["object()"]):
                 said = rf"faulty\.{hook} failed: " if hook in WRONG else ""

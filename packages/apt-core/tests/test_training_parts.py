@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -171,6 +175,52 @@ def test_the_first_signal_asks_and_the_second_acts(
         signal.signal(signal.SIGTERM, before)
     assert Interrupted(signal.SIGTERM, "stopped").exit_code == 143
     assert Interrupted(signal.SIGINT, "stopped").exit_code == 130
+
+
+STUCK = """
+import ctypes, os, signal, sys, threading, time
+from apt.training import signals
+
+def twice():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5 * signals.BOUNCE_SECONDS)
+
+signals.STUCK_SECONDS = 0.5
+with signals.catch_signals() as request:
+    threading.Thread(target=twice, daemon=True).start()
+    if sys.argv[1] == "stuck":
+        lock = ctypes.create_string_buffer(64)  # a mutex, unlocked
+        while True:
+            ctypes.CDLL(None).pthread_mutex_lock(lock)  # the second time it never comes back
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of pthreads that is all zeros is unlocked")
+@pytest.mark.parametrize(("how", "code"), [("stuck", 143), ("alive", -signal.SIGTERM)])
+def test_a_second_signal_ends_the_process_also_where_no_python_runs(how: str, code: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", STUCK, how], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == code, done.stderr
+
+
+def test_a_signal_twice_that_is_heard_ends_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 0.02)
+    monkeypatch.setattr("apt.training.signals.STUCK_SECONDS", 0.02)
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("acted"))
+    try:
+        with catch_signals():
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(seen) == 4
+    assert signal.set_wakeup_fd(-1) == -1, "it is as it was"
+    assert not any(thread.name == "apt-signals" for thread in threading.enumerate())
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
