@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from apt.checkpoint import manifest
 from apt.checkpoint.manifest import seal
 from apt.checkpoint.store import FORMAT, MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError
@@ -133,6 +135,41 @@ def test_one_of_each_so_many_steps_is_kept_for_good(store: CheckpointStore) -> N
     for step in range(30, 420, 30):  # 120 is the first at or after 100, 210 after 200, 300 is 300 itself
         store.save(make(step))
     assert store.steps() == [120, 210, 300, 390]
+
+
+def test_what_cannot_be_read_just_now_may_be_the_best(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.keep_last = 1
+    store.save(make(1, val_loss=1.0))
+    store.save(make(2, val_loss=2.0))
+    whole = manifest.read_file
+
+    def busy(path: Path) -> bytes:
+        if path.parent.name == "step-00000001":
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(manifest, "read_file", busy)
+    store.save(make(3, val_loss=3.0))
+    assert 1 in store.steps() and store.best() == 2
+    monkeypatch.setattr(manifest, "read_file", whole)
+    store.save(make(4, val_loss=4.0))
+    assert store.steps() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epoch": "x"}, {"files": {}}, {"files": {"../x": {"bytes": 1, "sha256": ""}}}, 
+     {"metrics": {"val_loss": {"$float": "x"}}},
+     {"dropped": 3}],
+)  # fmt: skip
+def test_a_manifest_that_no_store_has_written(store: CheckpointStore, changes: dict[str, Any]) -> None:
+    path = store.save(make(1, val_loss=1.0)) / MANIFEST
+    content = json.loads(path.read_bytes())
+    del content["sha256"]
+    path.write_bytes(seal(content | changes))
+    with pytest.raises(CheckpointError, match=r"is damaged|does not name model\.safetensors"):
+        store.load(1)
+    assert store.best() is None or "files" in changes
 
 
 def best_of(losses: dict[int, float | None]) -> int | None:

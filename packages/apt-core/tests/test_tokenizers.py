@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from apt.data.tokenizers import (
     CharTokenizerProvider,
     FileTokenizerProvider,
     HFTokenizer,
+    _without_long_words,
     load_tokenizer,
 )
 
@@ -167,6 +170,26 @@ def test_bpe_training_is_the_same_each_time_and_does_not_depend_on_the_cut(
     assert trained("two", Piece(PROSE)) == one
     lines = [Piece(line, continues=i > 0) for i, line in enumerate(PROSE.splitlines(keepends=True))]
     assert trained("three", *lines) == one
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab \n\t", max_size=60), st.integers(1, 9))
+def test_long_words_are_cut_and_nothing_else(text: str, longest: int) -> None:
+    parts = list(_without_long_words(text, longest))
+    assert "".join(parts) == text
+    borders = [len("".join(parts[:n])) for n in range(1, len(parts))]
+    # Each border has letters on both sides, or spaces on both.
+    assert all(text[at - 1].isspace() == text[at : at + 1].isspace() for at in borders if at < len(text))
+    words = [word for part in parts for word in re.findall(r"\S+|\s+", part)]
+    assert not words or max(map(len, words)) <= longest
+
+
+def test_a_text_without_spaces_takes_no_longer_than_another() -> None:
+    text = "abcdefgh" * 20_000
+    started = time.process_time()
+    tokenizer = bpe(300, text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.process_time() - started < 5, "it took minutes"
 
 
 def test_bpe_is_trained_once_per_text_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt.core.config import TrainingConfig
+from apt.core.errors import AptWarning
 from apt.data.loader import Batch
 from apt.training.metrics import MetricsFile, read_metrics
 from apt.training.optim import build_optimizer, learning_rate
@@ -148,6 +150,17 @@ def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
     records = list(read_metrics(path))
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert records[1]["loss"] is None, "JSON has no NaN"
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step}).encode() for step in range(4)]
+    lines[1:1] = [b"\xff", b"[1]", b'{"step": "x"}', b"[" * 10_000]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(AptWarning, match=r"metrics\.jsonl:[2345] is no record of metrics") as told:
+        MetricsFile(path, resume_step=3).on_training_end(None)
+    assert len(told) == 4
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2]
 
 
 def test_the_first_signal_asks_and_the_second_acts(

@@ -13,6 +13,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from apt.checkpoint.durable import replace
 from apt.core.errors import AptWarning, CheckpointError, PluginError
 from apt.core.files import read_file
@@ -26,23 +28,42 @@ if TYPE_CHECKING:
 LOCK_FILE = "plugins.lock.json"
 FORMAT = 1
 
-PLUGIN_KEYS = {"name", "distribution", "version", "sha256"}
-SLOT_KEYS = {
-    "kind",
-    "requested",
-    "name",
-    "version",
-    "distribution",
-    "distribution_version",
-    "weights_layout",
-    "weights",
-}
-
 ONLOOKERS = frozenset({"tracker"})
 """Kinds that only look: a run goes on as before without them, or with others."""
 
 MODEL_KINDS = frozenset({"attention", "ffn", "router"})
 """Kinds that a model is made of: all that matters where it is only used."""
+
+
+class _SlotRecord(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    kind: str
+    requested: str | None
+    name: str | None
+    version: str | None
+    distribution: str | None
+    distribution_version: str | None
+    weights_layout: str | None
+    weights: dict[str, list[int]]
+    fallback: bool
+    reason: str | None
+
+
+class _PluginRecord(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    distribution: str | None
+    version: str | None
+    sha256: str | None
+
+
+class _Lock(BaseModel):
+    """What of a lock is relied on."""
+
+    slots: list[_SlotRecord]
+    plugins: list[_PluginRecord]
 
 
 def write_lock(
@@ -85,10 +106,8 @@ def read_lock(path: Path) -> dict[str, Any]:
         lock = json.loads(read_file(path))
         lock.setdefault("plugins", [])  # the first locks had none
         known = lock["format"] == FORMAT
-        whole = not known or (
-            all(record.keys() >= SLOT_KEYS for record in lock["slots"])
-            and all(record.keys() >= PLUGIN_KEYS for record in lock["plugins"])
-        )
+        if known:
+            _Lock.model_validate(lock)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint="restore it from a copy") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -98,8 +117,6 @@ def read_lock(path: Path) -> dict[str, Any]:
             f"{path} is of format {lock['format']}, and this version of APT reads {FORMAT}",
             hint="use the version of APT that wrote it",
         )
-    if not whole:
-        raise _damaged(path)
     return dict(lock)
 
 

@@ -209,7 +209,7 @@ def _read(path: Path, seconds: float) -> dict[tuple[str, str], Contents]:
             contents = Contents(**row)
             if contents.limit is None or contents.limit >= seconds:
                 known[entry, stamp] = contents
-    except (OSError, ValueError, TypeError):  # not there yet, or damaged: it can be made again
+    except (OSError, ValueError, TypeError, RecursionError):  # not there yet, or damaged: it can be made again
         return {}
     return known
 

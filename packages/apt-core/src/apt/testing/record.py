@@ -61,7 +61,7 @@ def read(kind: str, name: str) -> Record | None:
     path: Path = cache_root() / FOLDER / _file_name(kind, name)
     try:
         record = Record(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     whole = all(isinstance(number, int) for number in (record.passed, record.failed, record.skipped))
     return record if whole and (record.kind, record.name) == (kind, name) else None
