@@ -156,6 +156,16 @@ def test_standard_input_may_hold_prompts(run_apt: RunApt, run: str, monkeypatch:
     assert result == (2, "", "error: standard input: not utf-8 at byte 2\n  fix: give UTF-8 text\n")
 
 
+def test_prompts_without_end(run_apt: RunApt, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt.cli.text_commands.LARGEST", 8)
+    (tmp_path / "long.txt").write_text("1234567é" * 2)
+    assert run_apt("generate", run, "--prompts", "long.txt").err.startswith("error: long.txt is larger than")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 20))
+    assert run_apt("generate", run, "--prompts", "-").err.startswith("error: standard input is larger than")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 20))
+    assert run_apt("generate", run, "--prompt", "-").err.startswith("error: standard input is larger than")
+
+
 # chat
 
 

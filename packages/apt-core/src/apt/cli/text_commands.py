@@ -9,12 +9,12 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt.cli.run_commands import of_the_run
 from apt.cli.screen import CONTROLS
 from apt.core.errors import AptError, ConfigError, DataError
+from apt.core.files import LARGEST
 from apt.core.runs import find_run
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _prompts(args: Namespace) -> list[str]:
     if args.prompts is None:
         return given or [""]
     try:
-        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+        text = _read_all(args.prompts)
     except UnicodeDecodeError as error:
         raise DataError(f"{args.prompts}: not UTF-8 at byte {error.start}", hint="give UTF-8 text") from error
     except (OSError, ValueError) as error:
@@ -148,11 +148,24 @@ def _prompts(args: Namespace) -> list[str]:
     return prompts
 
 
+def _read_all(path: str) -> str:
+    """What a file holds, or standard input for "-". Raises DataError where that is too much: a pipe may have no end."""
+    if path == "-":
+        read: str | bytes = sys.stdin.read(LARGEST + 1)
+    else:
+        with open(path, "rb") as file:
+            read = file.read(LARGEST + 1)
+    if len(read) > LARGEST:
+        where = "standard input" if path == "-" else path
+        raise DataError(f"{where} is larger than {LARGEST >> 20} MiB", hint="give fewer prompts at once")
+    return read if isinstance(read, str) else read.decode("utf-8")
+
+
 def _read_prompt(text: str) -> str:
     """The prompt as it was given, or all of standard input for "-", without the line's end that a shell adds."""
     if text == "-":
         try:
-            text = sys.stdin.read().removesuffix("\n")
+            text = _read_all(text).removesuffix("\n")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"standard input: not {error.encoding} at byte {error.start}", hint="give UTF-8 text"
