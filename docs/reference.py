@@ -20,7 +20,7 @@ TARGET = HERE / "reference.md"
 KINDS = (
     "attention", "ffn", "router", "align", "retrieval", "voter", "quant", "dataset", "tokenizer", "tracker",
 )  # fmt: skip
-LAYERS = ("masks", "kv_cache", "rope", "norm", "checks", "counting", "mode")
+LAYERS = ("masks", "kv_cache", "rope", "norm", "checks", "counting", "mode", "stand_in")
 
 HEAD = """# Reference
 

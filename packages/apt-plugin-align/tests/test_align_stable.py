@@ -78,7 +78,7 @@ def test_the_stable_pass_uses_the_averages_without_graph_dropout_or_trace() -> N
     torch.manual_seed(0)
     model = Model().train()
     model.frozen.eval()
-    optimizer = torch.optim.AdamW([model.embedding.weight, model.gain])
+    optimizer = torch.optim.AdamW([("embedding.weight", model.embedding.weight), ("gain", model.gain)])
     model.embedding(torch.tensor([1])).sum().backward()
     optimizer.step()
     average = torch.randn(11, 6)

@@ -93,6 +93,8 @@ A run may go on in several processes (`trainer.world`), each of which runs all o
 What a plugin counts over tokens is then its process's own, until `trainer.world.sum(tensor)` has added it up: every
 process must come to that call. `loss` and `metrics` are those of all processes; `on_log` and trackers are called in
 process 0 alone, and it alone writes files. A hook that is switched off is switched off in all of them.
+Under `hardware.parallel: fsdp` parameters, gradients and what the optimizer keeps of them are DTensors, of which each
+process holds a shard, and to run the model takes all of them.
 
 Failure has two kinds. A hook marked *observer* only looks: if it raises, the others still run, the traceback goes to
 the run's log and one line to the console; after three failures it is switched off. Every other hook is an *effect*, and

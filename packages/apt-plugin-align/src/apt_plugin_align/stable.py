@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from apt.modeling.layers.mode import evaluation_mode
+from apt.modeling.layers.stand_in import call_with
 
 STABLE = "stable"
 """The average is `optimizer.state[parameter]["stable"]`, fp32, shaped like the parameter."""
@@ -55,9 +55,10 @@ def stable_output(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
     A parameter that was never trained has no average: its own value is used.
     """
     weights = {
-        name: optimizer.state[parameter][STABLE]
-        for name, parameter in model.named_parameters()
-        if STABLE in optimizer.state.get(parameter, ())
+        name: state[STABLE]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if STABLE in (state := optimizer.state.get(parameter, {}))
     }
-    with torch.no_grad(), evaluation_mode(model):
-        return functional_call(model, weights, (batch.tokens,), batch.context)
+    with evaluation_mode(model):
+        return call_with(model, weights, (batch.tokens,), batch.context)

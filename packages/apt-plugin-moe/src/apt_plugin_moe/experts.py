@@ -142,6 +142,8 @@ class SeparateExperts(nn.Module):
                 if aux is not None:
                     share = aux * (len(rows) / len(x_MD))
                     aux_loss = share if aux_loss is None else aux_loss + share
+            elif torch.is_grad_enabled():
+                outs.append(_no_rows(expert, x_MD))
         return (torch.cat(outs) if outs else x_MD), aux_loss
 
     def copies_of(self, name: str) -> Iterator[nn.Parameter]:
@@ -152,6 +154,13 @@ class SeparateExperts(nn.Module):
     def copy_of(self, name: str, expert: int) -> Tensor:
         """Expert number `expert`'s copy of it."""
         return self.each[expert].get_parameter(name)
+
+
+def _no_rows(expert: nn.Module, x_MD: Tensor) -> Tensor:
+    """[0, D], of which every parameter of the expert has a gradient, of zeros: as one of a stack has. Processes that
+    share a model out sum the gradients of the same parameters, whichever experts their own tokens visit."""
+    nothing = [parameter.flatten()[:0].sum() for parameter in expert.parameters() if parameter.requires_grad]
+    return x_MD[:0] + sum(nothing) if nothing else x_MD[:0]
 
 
 def _plain_cpu(x: Tensor, stack: nn.Module) -> bool:

@@ -58,5 +58,7 @@ def _copies(layer: MoEFFN, name: str) -> Iterator[nn.Parameter]:
 
 def _like(value: Any, dense: Tensor, copied: Tensor) -> Any:
     if isinstance(value, Tensor):
-        return value.expand_as(copied).clone() if value.shape == dense.shape else value.clone()
+        # Sharded as the copy is, where that is sharded over processes.
+        like = torch.empty_like(copied, dtype=value.dtype, requires_grad=False)
+        return like.copy_(value) if value.shape == dense.shape else value.clone()
     return copy.deepcopy(value)

@@ -58,9 +58,14 @@ def encode(state: object, where: str = "state", *, copy: bool = False) -> tuple[
     Raises:
         CheckpointError: the state holds something else; the message names its place and its type.
     """
+    structure, tensors = split(state, where)
+    return structure, portable(tensors, copy=copy)
+
+
+def split(state: object, where: str = "state") -> tuple[Any, dict[str, Tensor]]:
+    """`encode`, with the tensors as they are, of whatever kind."""
     encoder = _Encoder()
-    structure = encoder.encode(state, where, 0)
-    return structure, portable(encoder.tensors, copy=copy)
+    return encoder.encode(state, where, 0), encoder.tensors
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from apt.core.errors import AptWarning, CheckpointError
 from apt.core.files import read_file
 
 FORMAT = 1
+SHARDED = 2
+"""The format of a checkpoint that several processes have written, each a file of its own."""
 MODEL = "model.safetensors"
 TENSORS = "state.safetensors"
 STRUCTURE = "state.json"
@@ -81,7 +84,7 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
         content = json.loads(data)
         del content["sha256"]
         whole = seal(content) == data
-        known = content["format"] == FORMAT
+        known = content["format"] in (FORMAT, SHARDED)
         if known:
             _Manifest.model_validate(content)
     except OSError as error:
@@ -92,7 +95,7 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged", hint="load another step")
     if not known:
         raise CheckpointError(
-            f"{path} has format {content['format']}, and this version of APT reads {FORMAT}",
+            f"{path} has format {content['format']}, and this version of APT reads {FORMAT} and {SHARDED}",
             hint="use the version that wrote it",
         )
     if content["step"] != step:
@@ -100,13 +103,25 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
     return dict(content)
 
 
-def verify(folder: Path, step: int, *, only: str | None = None) -> dict[str, Any]:
-    """The manifest, if every file is as it says, or `only` the one named. Raises CheckpointError if not."""
+def is_of_weights(file: str) -> bool:
+    """Whether a checkpoint's file holds weights: all of them, or those of one process."""
+    return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file) is not None
+
+
+def parts_in(header: Mapping[str, str] | None) -> dict[str, Any]:
+    """{tensor: {"shape": of the whole, "offsets": where in it the part begins}}: what a file's header says of tensors
+    in it that are not whole."""
+    return dict(json.loads((header or {}).get("shards", "{}")))
+
+
+def verify(folder: Path, step: int, *, weights_only: bool = False) -> dict[str, Any]:
+    """The manifest, if every file is as it says, or every one of weights. Raises CheckpointError if not."""
     manifest = read_manifest(folder, step)
-    if missing := {MODEL, TENSORS, STRUCTURE} - manifest["files"].keys():
+    needed = {MODEL, TENSORS, STRUCTURE} if manifest["format"] == FORMAT else {STRUCTURE}
+    if missing := needed - manifest["files"].keys():
         raise CheckpointError(f"{folder / MANIFEST} does not name {min(missing)}", hint="load another step")
     for name, known in manifest["files"].items():
-        if only not in (None, name):
+        if weights_only and not is_of_weights(name):
             continue
         path = folder / name
         try:

@@ -7,6 +7,8 @@ A checkpoint is a folder `step-00001000` of four files:
     state.json          the structure of those states, and what in them is no tensor (see the codec)
     manifest.json       where the run was, its metrics, and size and SHA-256 of every file; it seals itself
 
+Where several processes hold a model in shards, each writes files of its own in place of the first two: `ShardedStore`.
+
 It is written as `step-00001000.tmp`, synced, read back and compared with its hashes, and only then renamed. Where a
 checkpoint of that step exists already, it steps aside as `step-00001000.old` for the instant between two renames, and
 is found under that name if the run dies just then. At whatever moment a run dies, what it saved before is whole.
@@ -20,18 +22,18 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apt.checkpoint.averages import averages
-from apt.checkpoint.codec import decode, encode, portable
+from apt.checkpoint.codec import decode, encode, portable, split
 from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
 from apt.checkpoint.manifest import (
     DAMAGE,
@@ -41,11 +43,18 @@ from apt.checkpoint.manifest import (
     STRUCTURE,
     TENSORS,
     folders_of,
+    is_of_weights,
     read_manifest,
     seal,
     verify,
 )  # fmt: skip
 from apt.core.errors import AptWarning, CheckpointError
+from apt.core.world import own_part
+
+if TYPE_CHECKING:
+    from apt.checkpoint.shards import Like as LikeTensor
+
+    Like = Callable[[Mapping[str, Any]], LikeTensor]
 
 T = TypeVar("T")
 
@@ -76,9 +85,10 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """What its weights and moments take in memory, about."""
+        """What its weights and moments take in this process's memory, about."""
         moments = [value for state in self.optimizer["state"].values() for value in state.values()]
-        return sum(tensor.nbytes for tensor in (*self.model.values(), *moments) if isinstance(tensor, Tensor))
+        tensors = [tensor for tensor in (*self.model.values(), *moments) if isinstance(tensor, Tensor)]
+        return sum(own_part(tensor).nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,8 @@ class CheckpointStore:
         keep_best: whether the one with the lowest finite `metrics["val_loss"]` is kept as well.
         keep_every: the first one at or after each multiple of so many steps is kept as well; None for none of them.
     """
+
+    format = FORMAT
 
     def __init__(
         self, folder: Path | str, keep_last: int = 2, keep_best: bool = True, keep_every: int | None = None
@@ -138,22 +150,20 @@ class CheckpointStore:
             CheckpointError: a state holds what a checkpoint cannot keep.
         """
         states = {name: getattr(checkpoint, name) for name in ("optimizer", "rng", "extra", "plugins")}
-        weights = portable(checkpoint.model, "model.", copy=copy)
-        structure, tensors = _encode_states(states, copy)
-        return Snapshot(_facts(checkpoint), structure, weights, tensors)
+        structure, tensors = _split_states(states)
+        weights = self._kept(checkpoint.model, "model.", copy)
+        return Snapshot(_facts(checkpoint, self.format), structure, weights, self._kept(tensors, "", copy))
 
     def write(self, snapshot: Snapshot) -> Path:
         """`save` of what `snapshot` returned, whose tensors may be those of a run that stands still."""
         step = snapshot.facts["step"]
         final = self.folder / f"step-{step:08d}"
-        with _explained(final, snapshot.nbytes):
+        with explained(final, snapshot.nbytes):
             make_folder(self.folder)
             self._tidy()
             with _temporary(final.with_name(final.name + ".tmp")) as temporary:
-                write(temporary / STRUCTURE, snapshot.structure)
-                _write_tensors(temporary / MODEL, snapshot.weights)
-                _write_tensors(temporary / TENSORS, snapshot.tensors)
-                write(temporary / MANIFEST, _manifest(snapshot.facts, temporary))
+                files = self._write_files(temporary, snapshot)
+                write(temporary / MANIFEST, seal({**snapshot.facts, "files": files}))
                 sync(temporary)
                 try:
                     verify(temporary, step)
@@ -258,6 +268,17 @@ class CheckpointStore:
     def _folders(self) -> dict[int, Path]:
         return folders_of(self.folder)
 
+    def _kept(self, tensors: Mapping[str, Tensor], where: str, copy: bool) -> dict[str, Tensor]:
+        """What of these tensors this process writes, as it can be written."""
+        return portable(tensors, where, copy=copy)
+
+    def _write_files(self, folder: Path, snapshot: Snapshot) -> dict[str, Any]:
+        """Write everything but the manifest; returns what that is to say of it."""
+        write(folder / STRUCTURE, snapshot.structure)
+        _write_tensors(folder / MODEL, snapshot.weights)
+        _write_tensors(folder / TENSORS, snapshot.tensors)
+        return hashes(folder, (MODEL, TENSORS, STRUCTURE))
+
     def _tidy(self) -> None:
         """Clear away what a run that died has left."""
         for path in self.folder.glob("step-*.old"):
@@ -290,11 +311,11 @@ class CheckpointStore:
         return [step for multiple, step in firsts.items() if multiple > 0]
 
 
-def _encode_states(states: dict[str, Any], copy: bool) -> tuple[bytes, dict[str, Tensor]]:
+def _split_states(states: dict[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
     structures: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, state in states.items():
-        structures[name], own = encode(state, name, copy=copy)
+        structures[name], own = split(state, name)
         tensors |= own
     return json.dumps(structures, allow_nan=False).encode(), tensors
 
@@ -306,9 +327,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     sync(path)
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, form: int) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": form,
         "step": checkpoint.step,
         "epoch": checkpoint.epoch,
         "batch_index": checkpoint.batch_index,
@@ -317,34 +338,52 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _manifest(facts: dict[str, Any], folder: Path) -> bytes:
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in (MODEL, TENSORS, STRUCTURE)
-    }
-    return seal({**facts, "files": files})
+def hashes(folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    """What a manifest says of files."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
 
 
-def _load(folder: Path, step: int) -> Checkpoint:
-    manifest = verify(folder, step)
+def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: Like | None = None) -> Checkpoint:
+    """A checkpoint that was verified.
+
+    Args:
+        like: makes the tensors to read into, given how its states are built; see `read_shards`. None: each is read as a
+            whole.
+    """
     with _readable(folder):
-        tensors = _read_tensors(folder / TENSORS)
         states = json.loads((folder / STRUCTURE).read_bytes())
+        if like is None and manifest["format"] == FORMAT:
+            model, tensors = _read_tensors(folder / MODEL), _read_tensors(folder / TENSORS)
+        else:
+            from apt.checkpoint.shards import WEIGHTS, read_shards
+
+            tensors = read_shards(folder, manifest["files"], like(states) if like is not None else None)
+            names = [name for name in tensors if name.startswith(WEIGHTS)]
+            model = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in names}
         return Checkpoint(
-            step=step,
+            step=manifest["step"],
             epoch=manifest["epoch"],
             batch_index=manifest["batch_index"],
-            model=_read_tensors(folder / MODEL),
+            model=model,
             metrics=decode(manifest["metrics"], {}),
             dropped=manifest["dropped"],
             **{name: decode(structure, tensors) for name, structure in states.items()},
         )
 
 
+def _load(folder: Path, step: int) -> Checkpoint:
+    return read_checkpoint(folder, verify(folder, step))
+
+
 def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
-    verify(folder, step, only=MODEL)
+    manifest = verify(folder, step, weights_only=True)
     with _readable(folder):
-        return step, _read_tensors(folder / MODEL)
+        if manifest["format"] == FORMAT:
+            return step, _read_tensors(folder / MODEL)
+        from apt.checkpoint.shards import WEIGHTS, read_shards
+
+        weights = read_shards(folder, filter(is_of_weights, manifest["files"]))
+        return step, {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
 
 
 def _load_with_optimizer(folder: Path, step: int) -> tuple[int, dict[str, Tensor], Any]:
@@ -383,7 +422,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(path: Path, needed: int) -> Iterator[None]:
+def explained(path: Path, needed: int) -> Iterator[None]:
     """Turn what the system says while `path` is written into a CheckpointError; safetensors tells it in words alone."""
     try:
         yield

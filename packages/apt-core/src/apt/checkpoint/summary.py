@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoint.manifest import DAMAGE, MODEL, STRUCTURE, folders_of, verify
+from apt.checkpoint.manifest import DAMAGE, STRUCTURE, folders_of, is_of_weights, parts_in, verify
 from apt.core.errors import CheckpointError
 
 
@@ -62,20 +62,25 @@ def best_of(found: list[Summary]) -> Summary | None:
 
 
 def tensors_of(folder: Path) -> list[TensorShape]:
-    """The model's tensors in a checkpoint, from the header of their file; what is in them is not read.
+    """The model's tensors in a checkpoint, from the headers of their files; what is in them is not read.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = folder / MODEL
-    try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in sorted(file.keys(), key=_counted)}
-            return [TensorShape(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", hint="look at another step") from error
+    found: dict[str, TensorShape] = {}
+    for path in sorted(path for path in folder.iterdir() if is_of_weights(path.name)):
+        try:
+            with safe_open(path, framework="np") as file:
+                parts = parts_in(file.metadata())
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    shape = parts[name]["shape"] if name in parts else tensor.get_shape()
+                    found[name] = TensorShape(name, tensor.get_dtype(), tuple(shape))
+        except (OSError, SafetensorError, *DAMAGE) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", hint="look at another step") from error
+    return [found[name] for name in sorted(found, key=_counted)]
 
 
 def _counted(name: str) -> list[tuple[int, str]]:

@@ -214,6 +214,8 @@ class HardwareConfig(Section):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads of torch; torch's own choice if left out."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes keeps: the whole model, or with `fsdp` its shard of it."""
 
 
 class ChatConfig(Section):

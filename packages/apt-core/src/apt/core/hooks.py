@@ -109,6 +109,8 @@ class Hooks:
 
     def __init__(self, on_plugin_error: OnPluginError = "drop", logger: logging.Logger | None = None) -> None:
         self.on_plugin_error = on_plugin_error
+        self.loss_behind: Callable[[BaseException], PeerLostError | None] = lambda error: None
+        """Which loss of another process of the run an error tells of."""
         self.failures: list[Failure] = []
         self._logger = logger
         self.manager = _Manager(hookspecs.PROJECT)
@@ -279,6 +281,8 @@ class Hooks:
         except PeerLostError:
             raise  # no fault of the plugin's
         except (Exception, SystemExit) as error:
+            if (lost := self.loss_behind(error)) is not None:
+                raise lost from error
             self._caught(call, hook, error)
             return None
         finally:

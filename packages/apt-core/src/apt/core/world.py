@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,12 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused",
 """What the transport of gloo says of a process that is gone."""
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor this process holds: of one that is sharded over the processes its own shard, else all of it."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 class World:
     """The processes of a run, seen from one of them.
 
@@ -54,6 +61,7 @@ class World:
         self.machine = machine
         self._store: Any = None
         self._over_nccl = False
+        self._wires: set[int] = set()
 
     @classmethod
     def of_environment(cls, variables: Mapping[str, str] = os.environ) -> World:
@@ -115,8 +123,11 @@ class World:
 
         self._over_nccl = device.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if self._over_nccl else "gloo"
+        before = _sockets()
         with self.watching():
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
+        self.wait_for_all()
+        self._wires = _sockets() - before
         try:
             yield
         finally:
@@ -175,6 +186,10 @@ class World:
         pairs = zip(texts, lengths, strict=True)
         return [json.loads(bytes(text[: int(length)].tolist())) for text, length in pairs]
 
+    def first_said(self, text: str) -> str:
+        """The first text that is not empty, in the order of the processes' ranks."""
+        return next(filter(None, self.gather(text)), "")
+
     def wait_for_all(self) -> None:
         """Return once every process has come here."""
         self.maximum([0])
@@ -200,7 +215,35 @@ class World:
                 with suppress(RuntimeError):
                     self._store.set(key, "")
 
+    # What is said without waiting for an answer
+
+    def tell(self, what: str, message: Any) -> None:
+        """Leave a message, a JSON-compatible value, where every process finds it; it replaces the last one."""
+        with self.watching():
+            self._store.set(what, json.dumps(message))
+
+    def told(self, what: str) -> Any:
+        """The message that was left; None if there is none yet. Any thread may ask."""
+        with self.watching():
+            return json.loads(self._store.get(what)) if self._store.check([what]) else None
+
     # When one of them fails
+
+    def standings(self, own: Any, seconds: float) -> list[Any] | None:
+        """What every process of a run that fails says of itself, in the order of their ranks; None where one of them
+        has not come here in so many seconds. Whatever they compute together ends, so that they do."""
+        if self.size == 1:
+            return [own]
+        with suppress(RuntimeError, PeerLostError):
+            self.tell(f"standing {self.rank}", own)
+            self._hang_up()
+            expiry = time.monotonic() + seconds
+            while time.monotonic() < expiry:
+                said = [self.told(f"standing {rank}") for rank in range(self.size)]
+                if None not in said:
+                    return said
+                time.sleep(0.05)
+        return None
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
@@ -219,9 +262,15 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_loss(error):
+            if (lost := self.loss_behind(error)) is None:
                 raise
-            raise PeerLostError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from error
+            raise lost from error
+
+    def loss_behind(self, error: BaseException) -> PeerLostError | None:
+        """The loss of another process that `error` tells of, if it does."""
+        if self.size == 1 or not isinstance(error, RuntimeError) or not _is_loss(error):
+            return None
+        return PeerLostError(f"the other processes cannot be reached: {' '.join(str(error).split())}")
 
     def first_failure(self, error: BaseException) -> str | None:
         """Tell the others that this process fails, with what; returns what another one has said before, if `error` only
@@ -251,18 +300,33 @@ class World:
             if self.is_first:
                 self._store.set("ended", "")
             elif not self._over_nccl:
-                import torch.distributed as dist
-
-                if dist.group.WORLD is not None:
-                    dist.group.WORLD.abort()  # which the others notice
+                self._hang_up()
                 self._store.wait(["ending"], timedelta(seconds=2 * PATIENCE))
                 self._store.wait(["ended"], timedelta(minutes=10))
+
+    def _hang_up(self) -> None:
+        """Close the lines to the other processes, so that those which wait for this one wake up: gloo itself does that
+        only when its process ends."""
+        for wire in self._wires:
+            with suppress(OSError), socket.socket(fileno=os.dup(wire)) as line:
+                line.shutdown(socket.SHUT_RDWR)
+        self._wires = set()
 
     def _leave(self) -> None:
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _sockets() -> set[int]:
+    """The descriptors of this process's TCP connections."""
+    import psutil
+
+    try:
+        return {connection.fd for connection in psutil.Process().net_connections("tcp") if connection.raddr}
+    except psutil.Error:
+        return set()
 
 
 def _is_loss(error: RuntimeError) -> bool:

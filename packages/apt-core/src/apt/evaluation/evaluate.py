@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from apt.core.errors import UsageError
 from apt.core.runs import RunFolder
 from apt.core.schedules import Schedule
 from apt.core.world import World
-from apt.data.loader import NO_TARGET, Loader
+from apt.data.loader import NO_TARGET, Batch, Loader
 from apt.data.prepare import prepare_data
 from apt.evaluation.answers import Exam
 from apt.inference.generator import Generator
@@ -47,10 +49,12 @@ def evaluate(
     world = world or World()
     total, tokens = 0.0, 0
     with evaluation_mode(model):
-        for batch in loader.eval_batches(batch_size, limit=batches, share=(world.rank, world.size)):
-            tokens += int((batch.targets != NO_TARGET).sum())
-            batch = batch.to(device)
+        for stand_in, own in _own_batches(loader, batch_size, batches, world):
+            batch = (stand_in if own is None else own).to(device)
             logits_BTV = model(batch.tokens, **batch.context).logits
+            if own is None:
+                continue
+            tokens += int((own.targets != NO_TARGET).sum())
             losses = F.cross_entropy(
                 logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
             )
@@ -58,6 +62,17 @@ def evaluate(
     total, tokens = world.sum(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     loss = total / tokens
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "val_tokens": float(tokens)}
+
+
+def _own_batches(
+    loader: Loader, batch_size: int, limit: int | None, world: World
+) -> Iterator[tuple[Batch, Batch | None]]:
+    """The batches of this process, second of each pair. Others may have one more: then the first is to be run and not
+    counted, for a model in shards runs in all processes or in none."""
+    own = loader.eval_batches(batch_size, limit=limit, share=(world.rank, world.size))
+    if world.is_first:  # which has the most
+        return ((batch, batch) for batch in own)
+    return zip_longest(loader.eval_batches(batch_size, limit=limit, share=(0, world.size)), own)
 
 
 def evaluate_run(

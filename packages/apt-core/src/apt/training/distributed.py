@@ -22,6 +22,7 @@ from apt.core.config import TrainingConfig
 from apt.core.device import pick_device
 from apt.core.errors import ConfigError, DeviceError
 from apt.core.world import World
+from apt.training.sharding import ShardedLoss, is_sharded
 from apt.training.step import BatchLoss
 
 
@@ -92,20 +93,22 @@ def own_numbers(world: World, seed: int, step: int) -> None:
         np.random.seed(int(own[2]))
 
 
-def reduced(batch_loss: BatchLoss, world: World) -> nn.Module:
-    """`batch_loss`, so that its backward averages the gradients over all processes (DistributedDataParallel).
+def reduced(batch_loss: BatchLoss, model: nn.Module, world: World) -> nn.Module:
+    """`batch_loss`, so that its backward averages the gradients over all processes: those of a `model` in shards into
+    each process's own, else all of them in every process (DistributedDataParallel).
 
-    Every process begins with the weights and buffers of process 0. Parameters that take no part in a step, as of
-    experts that are not switched on yet, keep no gradient, as they do in one process.
+    Under the latter every process begins with the weights and buffers of process 0. Parameters that take no part in a
+    step, as of experts that are not switched on yet, keep no gradient, as they do in one process.
     """
     if world.size == 1:
         return batch_loss
+    if is_sharded(model):
+        return ShardedLoss(batch_loss, model)
     # torch 2.13 gave it another name. What buffers hold, the processes compute alike.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {sync_buffers: False}
-    with world.watching():
-        return DistributedDataParallel(batch_loss, gradient_as_bucket_view=True, find_unused_parameters=True, **options)
+    return DistributedDataParallel(batch_loss, gradient_as_bucket_view=True, find_unused_parameters=True, **options)
 
 
 def mean_of(world: World, facts: Mapping[str, float]) -> dict[str, float]:

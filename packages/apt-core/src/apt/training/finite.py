@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.core.errors import NotFiniteError
+from apt.core.world import own_part
 from apt.training.state import take_back
-from apt.training.step import Loss
+from apt.training.step import Loss, of_all
 
 if TYPE_CHECKING:
     from apt.training.trainer import Trainer
@@ -32,12 +33,13 @@ MAX_ROLLBACKS = 3
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number is finite; waits for the devices.
+    """Whether every number that this process holds is finite; waits for the devices.
 
     A sum is finite only if all its terms are, and is found several times as fast as the terms are looked at one by one;
     that is left for a sum which overflows.
     """
-    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    parts = (own_part(tensor.detach()) for tensor in tensors)
+    floating = [part for part in parts if part.is_floating_point() and part.numel()]
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in floating:
         sums.setdefault(tensor.device, []).append(tensor.sum().float())
@@ -63,7 +65,7 @@ class FiniteGuard:
         if self.policy == "stop":
             return ""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = of_all(torch.nn.utils.get_total_norm(gradients))
         wrong = "" if bool(torch.isfinite(norm + loss.total)) else self.of_losses(trainer, [loss]) or "the gradients"
         self._skipped = self._skipped + 1 if wrong else 0
         return wrong
@@ -82,7 +84,8 @@ class FiniteGuard:
         return ""
 
     def wrong_in_state(self, trainer: Trainer) -> str:
-        """What of a run between two steps is not finite and must not be saved; "" if nothing is."""
+        """What of a run between two steps, as far as this process holds it, is not finite and must not be saved; "" if
+        nothing is."""
         if not trainer.window.is_finite():
             return self.of_losses(trainer, trainer.window.losses)
         if not all_finite(trainer.model.parameters()):
@@ -105,7 +108,8 @@ class FiniteGuard:
             self.roll_back(trainer, wrong)
             return
         # With weights that are not finite every step to come is wrong, too.
-        if self._skipped > MAX_SKIPPED or not all_finite(trainer.model.parameters()):
+        lost = not all_finite(trainer.model.parameters())
+        if self._skipped > MAX_SKIPPED or trainer.world.maximum([int(lost)])[0]:
             raise self.error(trainer, wrong)
         self._tell(trainer, wrong, "passed over")
 

@@ -14,25 +14,29 @@ from apt.core.registry import Registry
 from apt.modeling.compose import ModelBuilder
 
 
-def check_memory(config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None) -> None:
+def check_memory(
+    config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None, shards: int = 1
+) -> None:
     """Refuse a model that cannot be trained on `device`, before any of it is allocated.
 
     Args:
         registry: the run's view of the providers, which is left as it is.
         vocab_size: rows of the embedding; while they are not known, nothing is refused.
+        shards: among how many processes the weights are shared out.
 
     Raises:
         DeviceError: even without activations it does not fit.
     """
     has = memory_of(device)
     need = need_of(config, registry, vocab_size) if has is not None and vocab_size is not None else None
-    if has is None or need is None or need.memory <= has:
+    if has is None or need is None or need.memory / shards <= has:
         return
     there = f"{device} has {has / 1e9:,.1f} GB" if device.type == "cuda" else f"there are {has / 1e9:,.1f} GB here"
+    needs = f"at least {need.memory / shards / 1e9:,.1f} GB" + (f" in each of {shards} processes" if shards > 1 else "")
     smaller = config.smaller_profile
     raise DeviceError(
-        f"a model of {_short(need.parameters)} parameters needs at least {need.memory / 1e9:,.1f} GB for weights, "
-        f"gradients and AdamW's moments, before any activation, and {there}",
+        f"a model of {_short(need.parameters)} parameters needs {needs} for weights, gradients and AdamW's moments, "
+        f"before any activation, and {there}",
         hint=f"train {smaller} instead: apt train -p {smaller}"
         if smaller
         else "lower model.num_layers or model.d_model, or take a larger machine",

@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 
 from apt.core.in_use import Slot
 from apt.hookspecs import hookimpl
+from apt.training.sharding import is_sharded
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line about the step comes at most this often."""
@@ -68,13 +69,14 @@ class Progress:
         self._epochs = config.training.max_epochs
         shape = f"{config.model.num_layers} layers, d_model {config.model.d_model}, {config.model.num_heads} heads"
         resumed = f", resumed at step {trainer.step:,}" if trainer.resumed else ""
+        where = str(trainer.device) + (f", in {trainer.world.size} shards" if is_sharded(trainer.model) else "")
         rows = [
             ("profile", f"{config.name} ({trainer.profile.source})"),
             *((slot.kind, describe_slot(slot)) for slot in trainer.in_use.slots.values()),
             ("data", f"{data.train.size} to train on, {data.val.size} held out"),
             (
                 "model",
-                f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {trainer.device}",
+                f"{config.model.backbone}, {shape}, {trainer.model.num_params():,} parameters, on {where}",
             ),
             ("training", f"{trainer.total_steps:,} steps, {trainer.steps_per_epoch:,} an epoch{resumed}"),
             ("run", str(trainer.run_dir)),

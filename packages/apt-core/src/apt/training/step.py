@@ -130,12 +130,18 @@ def update(
     Returns:
         The norm before clipping, a 0-d tensor; None if it was not needed.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None
+    norm = of_all(torch.nn.utils.clip_grad_norm_(parameters, clip)) if clip else None
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def of_all(norm: Tensor) -> Tensor:
+    """A norm of gradients, over all the shards of them."""
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
 
 
 def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: AbstractContextManager[Any]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.background import BackgroundSaver
 from apt.checkpoint.durable import cannot_write, replace
 from apt.checkpoint.lock import (
     check_age,
@@ -26,7 +25,6 @@ from apt.checkpoint.lock import (
     requirements_of,
     write_lock,
 )  # fmt: skip
-from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugin, Plugins, choose, discover
@@ -35,7 +33,6 @@ from apt.core.errors import (
     AptWarning,
     CheckpointError,
     ConfigError,
-    NotFiniteError,
     PeerLostError,
     TrainingError,
 )
@@ -63,8 +60,10 @@ from apt.training.optim import build_optimizer, learning_rate
 from apt.training.plan import plan, use_side_providers
 from apt.training.progress import Progress
 from apt.training.run_lock import only_trainer
+from apt.training.saving import RunSaver
+from apt.training.sharding import shard, shards_of, whole
 from apt.training.signals import Interrupted, StopRequest, catch_signals
-from apt.training.state import capture, restore
+from apt.training.state import restore
 from apt.training.step import BatchLoss, accumulate_gradients, dry_run, free_name, update
 from apt.training.window import Window, not_finite, plain_numbers
 
@@ -133,6 +132,7 @@ class Trainer:
         self.schedule = Schedule(self.config)
         self.logger = get_logger(f"run.{id(self):x}")
         self.hooks = Hooks("stop" if strict else self.config.on_plugin_error, self.logger)
+        self.hooks.loss_behind = self.world.loss_behind
         for plugin in self.plugins.listeners(TRAINING):
             self.hooks.add(plugin.module, plugin.name)
         self.progress = Progress(quiet=quiet or not self.world.is_first)
@@ -145,7 +145,7 @@ class Trainer:
         self.carried_states: dict[str, Any] = {}
         self.plugin_of_loss: dict[str, str] = {}
         self.epoch_closed = True
-        self._guard = FiniteGuard(self.config.training.on_not_finite)
+        self.guard = FiniteGuard(self.config.training.on_not_finite)
         self._stop = StopRequest()
         self._signum: int | None = None
         self._begun = self._looping = self._updating = False
@@ -193,16 +193,17 @@ class Trainer:
             try:
                 stack.enter_context(self.world.unhurried())
                 stack.enter_context(self.hooks.watched())
-                self.world.meet()
-                self.hooks.call("on_config_resolved", config=self.config)
-                self._build_parts(stack)
-                first = next(self.data.train.epoch(0, share=self._share)).split(self._micro_batches)[0]
-                dry_run(self.model, first, self.device, self._autocast)
-                self._open_run(stack)
-                self._loss = reduced(self._batch_loss, self.world)
-                stack.enter_context(self.world.unhurried())
-                self._stop = stack.enter_context(catch_signals())
-                self._fit()
+                with self.world.watching():
+                    self.world.meet()
+                    self.hooks.call("on_config_resolved", config=self.config)
+                    self._build_parts(stack)
+                    first = next(self.data.train.epoch(0, share=self._share)).split(self._micro_batches)[0]
+                    dry_run(self.model, first, self.device, self._autocast)
+                    self._open_run(stack)
+                    self._loss = reduced(self._batch_loss, self.model, self.world)
+                    stack.enter_context(self.world.unhurried())
+                    self._stop = stack.enter_context(catch_signals())
+                    self._fit()
             except BaseException as error:
                 self._end_early(error)
                 raise
@@ -215,8 +216,7 @@ class Trainer:
             self._run_epoch()
         if unread := ", ".join(self.schedule.unread()):
             warnings.warn(f"schedules: nothing in this run has asked for {unread}", AptWarning, stacklevel=2)
-        self._saver.wait()
-        self.world.wait_for_all()
+        self.saver.wait()
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
@@ -230,7 +230,7 @@ class Trainer:
             if self._signum is not None:
                 self._save(wait=True)
                 raise self._interrupted(self._signum)
-            self._saver.check()
+            self.saver.check()
             if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
             improved = self._evaluate() if self._is_due(training.eval_every) else False
@@ -250,16 +250,15 @@ class Trainer:
         own_numbers(self.world, training.seed, step)
         self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
         self._batch_loss.extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
-        with self.world.watching():
-            loss = accumulate_gradients(self._loss, batch.split(self._micro_batches), self.world)
+        loss = accumulate_gradients(self._loss, batch.split(self._micro_batches), self.world)
         loss.total = self.world.mean(loss.total)
         self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
-        wrong = self._guard.wrong_in_step(self, loss, self._parameters)
+        wrong = self.guard.wrong_in_step(self, loss, self._parameters)
         norm = None if wrong else self._update()
         self.step, self.batch_index, self._updating = step + 1, self.batch_index + 1, False
         self._rng_before_step = None
         if wrong:
-            self._guard.pass_over(self, wrong)
+            self.guard.pass_over(self, wrong)
         else:
             self.window.add(loss, norm)
             self.hooks.call("on_step_end", step=step, loss=loss.total, trainer=self)
@@ -296,7 +295,7 @@ class Trainer:
         facts = mean_of(self.world, self.window.close())
         facts["learning_rate"] = learning_rate(self.step - 1, self.total_steps, self.config.training)
         if wrong := not_finite(facts):
-            raise self._guard.error(self, self._guard.of_losses(self, losses) or ", ".join(wrong))
+            raise self.guard.error(self, self.guard.of_losses(self, losses) or ", ".join(wrong))
         self._record("train", facts)
 
     def _evaluate(self, *, answers: bool = False) -> bool:
@@ -306,7 +305,8 @@ class Trainer:
             size, batches = training.batch_size, training.eval_batches
             metrics = evaluate(self.model, self.data.val, size, self.device, batches, self.world)
             if answers and self.exam is not None:
-                metrics |= self.exam.take(self._generator(), self.epoch, self.step - 1)
+                with whole(self.model):
+                    metrics |= self.exam.take(self._generator(), self.epoch, self.step - 1)
             self.metrics, self.evaluated_step = metrics, self.step
             improved = metrics["val_loss"] < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
@@ -332,29 +332,12 @@ class Trainer:
         self.hooks.call("on_log", record=MappingProxyType(record))
 
     def _save(self, *, wait: bool = False) -> None:
-        """Save, in the background unless told to wait; then no process goes on before it is on the disk."""
         with self.window.off_the_clock():
-            self._write_checkpoint(wait)
-            if wait:
-                self.world.wait_for_all()
-
-    def _write_checkpoint(self, wait: bool) -> None:
-        """A model that is not finite is never kept."""
-        if wrong := self._guard.wrong_in_state(self):
-            if wait or self.step >= self.total_steps:
-                raise self._guard.error(self, wrong)
-            self._guard.roll_back(self, wrong)
-            return
-        checkpoint = capture(self)
-        if self.world.is_first:
-            self._saver.save(checkpoint, wait=wait)
-        self._guard.saved()
+            self.saver.save(wait=wait)
 
     def last_saved(self) -> int | None:
         """The step of the newest checkpoint, if there is one; the save that is on its way is waited for."""
-        self._finish_saving()
-        self.world.wait_for_all()
-        return self.store.latest()
+        return self.saver.last()
 
     def _extra_losses(
         self, batch: Batch, logits: Tensor, targets: Tensor, model_state: dict[str, Any]
@@ -380,6 +363,7 @@ class Trainer:
         self.device = own_device(config.hardware.device, self.world)
         self._micro_batches = own_micro_batches(training, self.world)
         self._share = (self.world.rank, self.world.size)
+        shards = shards_of(config, self.world)
         stack.enter_context(self.world.joined(self.device))
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
@@ -387,7 +371,7 @@ class Trainer:
             share_cores(self.world)
         if self.device.type == "cpu":
             tune_cpu_memory()
-        check_memory(config, self.registry, self.device, config.model.vocab_size)
+        check_memory(config, self.registry, self.device, config.model.vocab_size, shards)
         torch.manual_seed(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
         with self.world.one_first("data"):
@@ -408,8 +392,10 @@ class Trainer:
                 hint="leave model.vocab_size out (null), and the tokenizer's is taken",
             )
         if config.model.vocab_size is None:
-            check_memory(config, self.registry, self.device, vocab_size)
-        self.model = builder.build_model(vocab_size=vocab_size).to(self.device)
+            check_memory(config, self.registry, self.device, vocab_size, shards)
+        self.model = builder.build_model(vocab_size=vocab_size)
+        if shards == 1:  # else block by block, where it goes
+            self.model.to(self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         use_side_providers(config, self.in_use, self.model)
         voter: Any = self.providers.get(("voter", config.model.voter_name or ""))
@@ -418,10 +404,12 @@ class Trainer:
             {slot: made for slot, made in self.providers.items() if self.world.is_first or slot[0] != "tracker"}
         )
         self.hooks.call("on_model_built", model=self.model, trainer=self)
+        bf16 = use_bf16(training.mixed_precision, self.device, config.model.d_model)
+        if shards > 1:
+            shard(self.model, self.world, self.device, bf16=bf16)
         self.optimizer = build_optimizer(self.model, training)
         self.hooks.call("on_optimizer_built", optimizer=self.optimizer, trainer=self)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        bf16 = use_bf16(training.mixed_precision, self.device, config.model.d_model)
         self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         self._batch_loss = BatchLoss(torch.compile(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
@@ -431,9 +419,8 @@ class Trainer:
         down what the run is made of."""
         self.run = self._own_folder(stack)
         slots = list(self.in_use.slots.values())
-        keep = self.config.checkpoint
-        self.store = CheckpointStore(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
-        self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous)
+        self.saver = RunSaver(self)
+        self.store = self.saver.store
         if self.lock:
             checkpoint = self.store.load()
             check_age(self.lock, slots, self.plugins.found, checkpoint.plugins)
@@ -509,9 +496,11 @@ class Trainer:
         """Save the run if its state is that of a finished step, then say why it ends."""
         told = self.world.first_failure(error)
         self.logger.error("the run ends early: %s", error, exc_info=error)
-        self._finish_saving()
+        killed = isinstance(error, PeerLostError) and told is None
         with self.hooks.forgiving():
-            saved = self._save_what_is_whole(error)
+            saved = self._looping and self.saver.rescue(
+                error, between_updates=not self._updating, rng=self._rng_before_step, killed=killed
+            )
             self.hooks.call("on_exception", error=error, trainer=self)
         self.world.end_together()
         kept = f"the run is saved in {self.run_dir}" if saved else "what was saved before is kept"
@@ -527,31 +516,6 @@ class Trainer:
                 f"step {self.step} failed: {type(error).__name__}: {error}; {kept}",
                 hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
             ) from error
-
-    def _save_what_is_whole(self, error: BaseException) -> bool:
-        """Save after an error, unless it came in mid-update or from saving, or the state is bad, or nobody waits."""
-        if not self._looping or self._updating or not isinstance(error, Exception) or not self.world.is_first:
-            return False
-        if isinstance(error, Interrupted | CheckpointError | NotFiniteError):
-            return False
-        if self._rng_before_step is not None:
-            # The step that failed is done again after a resume, with the numbers it had drawn (on a CPU).
-            torch.set_rng_state(self._rng_before_step)
-        try:
-            self._write_checkpoint(wait=True)
-        except Exception as failed:
-            self.logger.error("it could not be saved either: %s", failed)
-            return False
-        return True
-
-    def _finish_saving(self) -> None:
-        """Wait for the save that is on its way; its failure is said, for something else ends the run."""
-        try:
-            if self._looping:
-                self._saver.wait()
-        except Exception as failed:
-            self.logger.error("the last save failed: %s", failed, exc_info=failed)
-            warnings.warn(f"the last save failed: {failed}", AptWarning, stacklevel=3)
 
 
 def _are_losses(result: object) -> bool:

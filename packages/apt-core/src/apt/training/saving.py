@@ -1,0 +1,134 @@
+"""When a run is saved, by which of its processes, and what is saved of one that fails."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apt.checkpoint.background import BackgroundSaver
+from apt.checkpoint.store import CheckpointStore
+from apt.core.errors import AptWarning, CheckpointError, NotFiniteError
+from apt.core.world import PATIENCE
+from apt.training.sharding import is_sharded
+from apt.training.signals import Interrupted
+from apt.training.state import capture
+
+if TYPE_CHECKING:
+    from apt.checkpoint.sharded import ShardedStore
+    from apt.training.trainer import Trainer
+
+SLOWEST_STEP = 60.0
+"""Seconds that a process which fails gives the others to notice it."""
+
+
+class RunSaver:
+    """Saves one run: process 0 all of it, or every process its shard.
+
+    Args:
+        trainer: the run; its model is built, and its folder is there.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        assert trainer.run is not None
+        self._trainer = trainer
+        self._world = trainer.world
+        keep = trainer.config.checkpoint
+        folder, counts = trainer.run.checkpoints, (keep.keep_last, keep.keep_best, keep.keep_every)
+        self._sharded: ShardedStore | None = None
+        if is_sharded(trainer.model):
+            from apt.checkpoint.sharded import ShardedStore
+
+            parameters = dict(trainer.model.named_parameters())
+            self._sharded = ShardedStore(folder, *counts, world=self._world, parameters=parameters)
+        self.store = self._sharded or CheckpointStore(folder, *counts)
+        self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Save, in the background unless told to wait; then no process goes on before it is on the disk.
+
+        A model that is not finite is never kept.
+        """
+        trainer, guard = self._trainer, self._trainer.guard
+        if wrong := self._world.first_said(guard.wrong_in_state(trainer)):
+            if wait or trainer.step >= trainer.total_steps:
+                raise guard.error(trainer, wrong)
+            guard.roll_back(trainer, wrong)
+            return
+        self._write(wait)
+        guard.saved()
+        if wait:
+            self._world.wait_for_all()
+
+    def check(self) -> None:
+        """Raise what a save has failed with, if one has ended that way."""
+        self._saver.check()
+
+    def wait(self) -> None:
+        """Return once what every process has saved is on the disk.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        self._saver.wait()
+        self._world.wait_for_all()
+
+    def last(self) -> int | None:
+        """The step of the newest checkpoint, if there is one; the save that is on its way is waited for."""
+        self._finish()
+        self._world.wait_for_all()
+        return self.store.latest()
+
+    def rescue(self, error: BaseException, *, between_updates: bool, rng: torch.Tensor | None, killed: bool) -> bool:
+        """Save a run that ends with `error` as it stood after its last whole step; returns whether that was possible.
+
+        Not saved is what stopped in mid-update, is not finite, or for which nobody waits, and what saving itself has
+        ended. Shards are saved if every process still has its own, of one and the same step.
+
+        Args:
+            between_updates: whether weights and moments are those of one step.
+            rng: torch's random state before the step that failed, which is done again after a resume, with the numbers
+                it had drawn (on a CPU); None if it was none.
+            killed: whether another process is gone without a word.
+        """
+        is_whole = between_updates and isinstance(error, Exception)
+        is_whole = is_whole and not isinstance(error, Interrupted | CheckpointError | NotFiniteError)
+        is_whole = is_whole and not self._trainer.guard.wrong_in_state(self._trainer)
+        if self._sharded is not None and isinstance(error, Exception):
+            is_whole = self._all_stand(self._sharded, self._trainer.step if is_whole else None, killed)
+        elif self._sharded is not None:
+            self._sharded.give_up()
+        self._finish()
+        if not is_whole or not (self._world.is_first or self._sharded):
+            return False
+        if rng is not None:
+            torch.set_rng_state(rng)
+        try:
+            self._write(wait=True)
+        except Exception as failed:
+            self._trainer.logger.error("it could not be saved either: %s", failed)
+            return False
+        return True
+
+    def _write(self, wait: bool) -> None:
+        checkpoint = capture(self._trainer)
+        if self._world.is_first or self._sharded:
+            self._saver.save(checkpoint, wait=wait)
+
+    def _all_stand(self, store: ShardedStore, step: int | None, killed: bool) -> bool:
+        """Whether every process has its shard, and all of the same step."""
+        said: Any = self._world.standings([step, store.number], 2 * PATIENCE if killed else SLOWEST_STEP)
+        if said is None:
+            store.give_up()
+            return False
+        store.number = max(number for _, number in said)
+        return step is not None and {other for other, _ in said} == {step}
+
+    def _finish(self) -> None:
+        """Wait for the save that is on its way; its failure is said, for something else ends the run."""
+        try:
+            self._saver.wait()
+        except Exception as failed:
+            self._trainer.logger.error("the last save failed: %s", failed, exc_info=failed)
+            warnings.warn(f"the last save failed: {failed}", AptWarning, stacklevel=3)
