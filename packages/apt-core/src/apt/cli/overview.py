@@ -15,6 +15,7 @@ COMMANDS = {
     "plugin-info": "show what is known of one provider",
     "plugin-lock": "write down the plugins that a profile uses, for apt train --frozen",
     "inspect": "show what a run is made of and what it has saved, without its plugins",
+    "consolidate": "turn a run's checkpoints in shards into those of a single process",
     "plugin-check": "check that a provider keeps the contract of its kind",
     "plugin-new": "write a plugin of your own, to start from",
     "cache": "show how large the caches are, or clean them",

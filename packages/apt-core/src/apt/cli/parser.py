@@ -321,6 +321,13 @@ def _inspect(parser: Parser) -> None:
     parser.set_defaults(run_command="apt.cli.inspect:run_inspect_command")
 
 
+def _consolidate(parser: Parser) -> None:
+    parser.add_argument(
+        "run_name", nargs="?", metavar="RUN", help="the run's folder, or its name in runs/; the newest if left out"
+    )
+    parser.set_defaults(run_command="apt.cli.consolidate:run_consolidate_command")
+
+
 def _plugin_check(parser: Parser) -> None:
     parser.add_argument(
         "provider",
@@ -366,6 +373,7 @@ _CONFIGURE: dict[str, Callable[[Parser], None]] = {
     "plugin-info": _plugin_info,
     "plugin-lock": _plugin_lock,
     "inspect": _inspect,
+    "consolidate": _consolidate,
     "plugin-check": _plugin_check,
     "plugin-new": _plugin_new,
     "cache": _cache,
