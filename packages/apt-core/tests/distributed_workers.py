@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import multiprocessing
@@ -12,11 +13,23 @@ import warnings
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from small_run import small_config
 
 from apt.core.runs import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apt.checkpoint.store import CheckpointStore
+
+Config = dict[str, Any]
+
+TOLERANCE = 1e-5
+"""How far weights and losses may be from those of one process, relative to their size: what docs/distributed.md says.
+The gradients are the same sums in another order, in fp32."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 SECONDS = 60
@@ -24,7 +37,9 @@ SECONDS = 60
 
 def _start_server() -> None:
     """Start the server, unless it runs, with this process's path: it looks for what it is to import there."""
-    CONTEXT.set_forkserver_preload(["apt.training.trainer", "apt.modeling.layers.attention_tva", "torch._dynamo"])
+    CONTEXT.set_forkserver_preload(
+        ["apt.training.trainer", "apt.checkpoint.sharded", "apt.modeling.layers.attention_tva", "torch._dynamo"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -67,6 +82,50 @@ def run(
         (json.loads(file.read_text()) if file.exists() else {}) | {"code": process.exitcode}
         for file, process in zip(files, processes, strict=True)
     ]
+
+
+# What tests ask of a run
+
+
+def plain_config(folder: Path, **sections: Any) -> Config:
+    """3 epochs of 6 steps, the same numbers whatever the number of processes."""
+    return small_config(folder, model={"dropout": 0.0}, **sections)
+
+
+def alone(config: Config | str, *hooks: tuple[str, Any], **options: Any) -> dict[str, Any]:
+    """What `run` does, in this process."""
+    from apt.training.trainer import Trainer
+
+    said: dict[str, Any] = {}
+    trainer = Trainer(config, quiet=True, **options)
+    for name, argument in hooks:
+        trainer.register_hook(globals()[name](argument, said))
+    trainer.train()
+    return said | {"run": str(trainer.run_dir)}
+
+
+def store(run: str) -> CheckpointStore:
+    from apt.checkpoint.store import CheckpointStore
+
+    return CheckpointStore(RunFolder(Path(run)).checkpoints)
+
+
+def weights(run: str) -> dict[str, Tensor]:
+    return store(run).load_weights()[1]
+
+
+def assert_near(a: str, b: str) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        difference = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-3)
+        assert difference <= TOLERANCE, (name, difference)
+
+
+def records(run: str, event: str = "train") -> list[dict[str, Any]]:
+    from apt.training.metrics import read_metrics
+
+    return [record for record in read_metrics(RunFolder(Path(run)).metrics) if record["event"] == event]
 
 
 def _work(
@@ -210,6 +269,42 @@ class Head:
 
     def extra_losses(self, trainer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
         return {"guess": trainer.model.guess(model_state["hidden"]).square().mean()}
+
+
+class Weigh:
+    """Counts the bytes of weights, gradients and moments that this process holds, before an update."""
+
+    def __init__(self, argument: Any, said: dict[str, Any]) -> None:
+        self.said = said
+
+    def on_before_optimizer_step(self, optimizer: Any, trainer: Any) -> None:
+        from apt.core.world import own_part
+
+        if trainer.step:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = [value for state in optimizer.state.values() for value in state.values()]
+            held = (*parameters, *(parameter.grad for parameter in parameters), *moments)
+            self.said["bytes"] = sum(own_part(tensor).nbytes for tensor in held)
+
+
+class FullDisk:
+    """A disk that is full for one of the processes, (rank), from its second save on."""
+
+    def __init__(self, argument: int, said: dict[str, Any]) -> None:
+        self.rank = argument
+
+    def on_training_start(self) -> None:
+        from apt.checkpoint import sharded
+
+        self.saves, self.write = 0, sharded.write_shards
+        if _rank() == self.rank:
+            sharded.write_shards = self._write  # type: ignore[assignment]
+
+    def _write(self, *arguments: Any) -> list[str]:
+        self.saves += 1
+        if self.saves > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.write(*arguments)
 
 
 KILL = int(signal.SIGKILL)

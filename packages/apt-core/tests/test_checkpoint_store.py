@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from apt.checkpoint import manifest
-from apt.checkpoint.manifest import seal
-from apt.checkpoint.store import FORMAT, MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
+from apt.checkpoint.manifest import SHARDED, seal
+from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError
 
 
@@ -334,8 +334,8 @@ def test_another_format_is_named(store: CheckpointStore) -> None:
     path = store.save(make(1)) / MANIFEST
     content = json.loads(path.read_text())
     del content["sha256"]
-    path.write_bytes(seal({**content, "format": FORMAT + 1}))
-    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}"):
+    path.write_bytes(seal({**content, "format": SHARDED + 1}))
+    with pytest.raises(CheckpointError, match=f"format {SHARDED + 1}"):
         store.load(1)
 
 

@@ -6,64 +6,18 @@ import json
 import random
 import signal
 from pathlib import Path
-from typing import Any
 
 import distributed_workers as workers
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from distributed_workers import TOLERANCE, Config, alone, assert_near, plain_config, records, weights
 
 from apt.core.runs import RunFolder
-from apt.training.metrics import read_metrics
-from apt.training.trainer import Trainer
-
-Config = dict[str, Any]
-
-TOLERANCE = 1e-5
-"""How far weights and losses may be from those of one process, relative to their size: what docs/distributed.md says.
-The gradients are the same sums in another order, in fp32."""
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A run of 3 epochs of 6 steps."""
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(24)))
-    return {
-        "name": "small",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"d_model": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16},
-        "data": {"train_path": str(text), "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_epochs": 3, "batch_size": 8, "log_every": 2, "learning_rate": 0.01},
-        "hardware": {"device": "cpu"},
-    }
-
-
-def alone(config: Config, *hooks: tuple[str, Any], **options: Any) -> dict[str, Any]:
-    """The same in this process."""
-    said: dict[str, Any] = {}
-    trainer = Trainer(config, quiet=True, **options)
-    for name, argument in hooks:
-        trainer.register_hook(getattr(workers, name)(argument, said))
-    trainer.train()
-    return said | {"run": str(trainer.run_dir)}
-
-
-def weights(run: str) -> dict[str, Tensor]:
-    return load_file(max((Path(run) / "checkpoints").iterdir()) / "model.safetensors")
-
-
-def assert_near(a: str, b: str) -> None:
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        difference = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-3)
-        assert difference <= TOLERANCE, (name, difference)
-
-
-def records(run: str, event: str = "train") -> list[dict[str, Any]]:
-    return [record for record in read_metrics(RunFolder(Path(run)).metrics) if record["event"] == event]
+    return plain_config(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "batch", "accumulation"), [(2, 8, 1), (4, 4, 2), (2, 2, 4)])

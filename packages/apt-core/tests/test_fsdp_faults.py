@@ -1,0 +1,74 @@
+"""Runs whose model is in shards, and one of whose processes fails: all end, or go on, together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import distributed_workers as workers
+import pytest
+from distributed_workers import Config, alone, plain_config, records, store
+
+from apt.core.runs import RunFolder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = plain_config(tmp_path)
+    config["hardware"]["parallel"] = "fsdp"
+    config["training"]["max_epochs"] = 2
+    return config
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_with_a_checkpoint_that_resumes(
+    config: Config, tmp_path: Path, rank: int
+) -> None:
+    config["checkpoint"] = {"asynchronous": False}
+    killed = workers.run(2, config, tmp_path / "killed", ("StopAt", (7, workers.KILL, rank)))
+    assert killed[rank]["code"] == -workers.KILL
+    other = killed[1 - rank]
+    assert (other["error"], other["code"]) == ("PeerLostError", 2)
+    assert "another process of the run was killed, or is out of reach, in step 7" in other["message"]
+    assert "what was saved before is kept" in other["message"], "a shard of step 7 is lost"
+    run = other["run"]
+    assert store(run).steps() == [6]
+    alone(f"{run}/profile.yaml", resume=RunFolder(Path(run)))
+    assert store(run).latest() == 12
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_is_told_by_process_0_and_saved_by_all(
+    config: Config, tmp_path: Path, rank: int
+) -> None:
+    failed = workers.run(3, config | {"training": config["training"] | {"batch_size": 6}}, tmp_path / "failed",
+                         ("BrokenLayer", (4, rank)))  # fmt: skip
+    assert [process["code"] for process in failed] == [2, 2, 2], failed
+    wanted = "step 4 failed: RuntimeError: the fuse blew" if rank == 0 else "step 4 failed in process 1: RuntimeError"
+    assert wanted in failed[0]["message"]
+    assert "the fuse blew; the run is saved in" in failed[0]["message"]
+    run = failed[0]["run"]
+    assert store(run).steps() == [4]
+    alone(f"{run}/profile.yaml", resume=RunFolder(Path(run)))
+
+
+def test_a_disk_that_is_full_for_one_process_fails_the_save_for_all(config: Config, tmp_path: Path) -> None:
+    config["checkpoint"] = {"every": 3}
+    failed = workers.run(2, config, tmp_path / "results", ("FullDisk", 1))
+    assert [process["code"] for process in failed] == [2, 2], failed
+    assert any("the disk is full" in process["message"] for process in failed), failed
+    run = Path(failed[0]["run"])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    alone(f"{run}/profile.yaml", resume=RunFolder(run))
+
+
+def test_hooks_that_fail_in_one_process_are_switched_off_in_all(config: Config, tmp_path: Path) -> None:
+    several = workers.run(2, config, tmp_path / "results", ("FailAt", (3, 1)), ("Observer", 0))
+    assert [(process["error"], process["calls"], process["looked"]) for process in several] == [(None, 4, 3)] * 2
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_passed_over_in_all(config: Config, tmp_path: Path) -> None:
+    config["training"]["on_not_finite"] = "rollback"
+    several = workers.run(2, config, tmp_path / "results", ("Poison", (8, 1)), ("Recorder", None))
+    assert [process["error"] for process in several] == [None] * 2, several
+    assert several[0]["losses"] == several[1]["losses"]
+    assert [record["not_finite"] for record in records(several[0]["run"]) if "not_finite" in record] == [1]
