@@ -175,8 +175,11 @@ def test_apt_survives_what_is_tried_on_all_three(tmp_path: Path) -> None:
     known = {key: value for key, value in os.environ.items() if not key.startswith(("APT_", "COV_"))}
     known |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "packages" / "apt-core" / "src")}
     command = [sys.executable, str(PEERS / "experiments.py"), "apt", "--work", str(tmp_path), "--points", "2"]
-    done = subprocess.run([*command, "--only", "dying", "clock"], env=known, capture_output=True, text=True)
+    done = subprocess.run([*command, "--only", "dying"], env=known, capture_output=True, text=True)
+    if "is no other file system" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 13 and not any(row["wrong"] for row in rows), rows
-    assert all(row["good"] == row["of"] == 2 for row in rows if "operation" in row["experiment"]), rows
+    assert not any(row["wrong"] for row in rows), rows
+    counted = [(row["good"], row["of"]) for row in rows if "at a file operation" in row["experiment"]]
+    assert len(counted) == 4 and all(1 <= good == of for good, of in counted), rows

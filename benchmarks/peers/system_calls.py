@@ -132,6 +132,7 @@ class Supervisor:
         """The exit code of the process, minus the signal that killed it; `work` must not return.
 
         Raises:
+            PermissionError: the kernel does not allow it, as in some containers.
             TimeoutError: it had to be killed after so many seconds.
         """
         self._roots = [os.path.realpath(folder) for folder in self.folders]
@@ -147,7 +148,11 @@ class Supervisor:
                 os._exit(70)
         theirs.close()
         with ours:
-            _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
+            _, sent, _, _ = socket.recv_fds(ours, 1, 1)
+        if not sent:
+            os.waitpid(child, 0)
+            raise PermissionError("the kernel does not let a process have its system calls answered here")
+        (listener,) = sent
         try:
             self._serve(child, listener, time.monotonic() + seconds)
         except BaseException:
