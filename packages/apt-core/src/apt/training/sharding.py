@@ -93,8 +93,8 @@ class ShardedLoss(nn.Module):
         self.batch_loss = batch_loss
         self.model: Any = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        result: tuple[Tensor, dict[str, Tensor]] = self.batch_loss(batch)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, Tensor, dict[str, Tensor]] = self.batch_loss(batch)
         return result
 
     @contextmanager
