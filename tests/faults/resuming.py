@@ -131,17 +131,18 @@ def consecutive(lab: Lab) -> Row:
     run, notes = lab.folder / "run", lab.folder / "taken.json"
 
     def work() -> None:
-        from apt.training import trainer as module
+        from apt.training import saving
+        from apt.training.trainer import Trainer
 
-        real, taken = module.capture, {}
+        real, taken = saving.capture, {}
 
         def capture(trainer: Any) -> Checkpoint:
             checkpoint = real(trainer)
             taken[checkpoint.step] = fingerprint(checkpoint)
             return checkpoint
 
-        module.capture = capture
-        module.Trainer(lab.config(), quiet=True, run_dir=run).train()
+        saving.capture = capture
+        Trainer(lab.config(), quiet=True, run_dir=run).train()
         notes.write_text(json.dumps(taken))
 
     code, said = in_a_child(work, lab.folder / "said.txt")
