@@ -44,7 +44,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 EXPERIMENTS = {
-    "kill": 3, "torn": 2, "power": 2, "chain": 1, "signals": 2, "errors": 6, "disk": 2, "positions": 6, "finite": 3,
+    "kill": 3, "torn": 2, "power": 2, "chain": 1, "signals": 2, "errors": 4, "disk": 2, "positions": 6, "finite": 3,
     "clock": 1, "kept": 2, "plugins": 11, "ages": 1, "profiles": 1, "texts": 1, "damage": 4,
 }  # fmt: skip
 """{experiment: its rows}. `worlds` takes most of a minute, and has tests of its own."""
