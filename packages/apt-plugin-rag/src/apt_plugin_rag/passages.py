@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[str, str]:
     Raises:
         DataError: it cannot be read, or is not UTF-8 text.
     """
-    if path.exists() and not path.is_file():  # to read a pipe or a device might never end
+    if path.exists() and not path.is_file() and not path.is_dir():  # to read a pipe or a device might never end
         raise DataError(f"{path} is a pipe or a device, not a file", hint="leave it out, or write it to a file")
     try:
         data = path.read_bytes()
