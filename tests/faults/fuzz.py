@@ -32,8 +32,9 @@ from apt.checkpoint.lock import (
     requirement_of_listener,
     requirements_of,
 )
-from apt.checkpoint.manifest import MANIFEST, seal
-from apt.checkpoint.store import CheckpointStore
+from apt.checkpoint.manifest import MANIFEST, SHARDED, STRUCTURE, seal
+from apt.checkpoint.shards import WEIGHTS, write_shards
+from apt.checkpoint.store import CheckpointStore, hashes
 from apt.checkpoint.summary import summaries, tensors_of
 from apt.cli.inspect import inspect_run
 from apt.core.errors import AptError, AptWarning, CheckpointError, PluginError
@@ -160,6 +161,20 @@ def read_checkpoint(folder: Path) -> None:
     store = CheckpointStore(run(folder).checkpoints)
     store.load()
     store.load_weights()
+
+
+def in_shards(folder: Path) -> list[Path]:
+    """The last checkpoint of a run as several processes write theirs: in shards, here of one."""
+    store = CheckpointStore(run(folder).checkpoints)
+    snapshot = store.snapshot(store.load())
+    place = store.folder / f"step-{snapshot.facts['step']:08d}"
+    for path in place.iterdir():
+        path.unlink()
+    (place / STRUCTURE).write_bytes(snapshot.structure)
+    tensors = {WEIGHTS + name: weight for name, weight in snapshot.weights.items()} | snapshot.tensors
+    files = hashes(place, [STRUCTURE, *write_shards(tensors, place, 0, 1)])
+    (place / MANIFEST).write_bytes(seal({**snapshot.facts, "format": SHARDED, "files": files}))
+    return list(place.iterdir())
 
 
 def look_at_checkpoint(folder: Path) -> None:
@@ -296,6 +311,7 @@ PARSERS: dict[str, Parser] = {
     "a tokenizer of the library": Parser(library_tokenizer, use_tokenizer),
     "a checkpoint": Parser(files_of_run("checkpoints/*/*"), read_checkpoint),
     "a checkpoint, hashed anew": Parser(files_of_run("checkpoints/*/*"), read_checkpoint, seal_checkpoint),
+    "a checkpoint in shards, hashed anew": Parser(in_shards, read_checkpoint, seal_checkpoint),
     "a checkpoint to look at, hashed anew": Parser(
         files_of_run("checkpoints/*/*"), look_at_checkpoint, seal_checkpoint
     ),
