@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from apt.core.errors import PluginError
@@ -46,7 +47,7 @@ def moved(
         new = [_new(place) for place in places.values()]
         if importlib.util.find_spec(new[0].partition(".")[0]) is None:
             raise NotInstalledError(f"{module} is a package of its own now: {package}", hint=f"pip install {package}")
-        _warn(module, ", ".join(new), stacklevel=4)
+        _warn(module, ", ".join(new), _importer(sys._getframe(1)))
 
     def look_up(name: str) -> Any:
         if name == "__all__":
@@ -55,7 +56,7 @@ def moved(
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         value = _given(places[name])
         if package is None:
-            _warn(f"{module}.{name}", _new(places[name]), stacklevel=3)
+            _warn(f"{module}.{name}", _new(places[name]), sys._getframe(1))
         # From now on it is found without us, and so said once. Not before: where the warning is an error, it stays one.
         setattr(sys.modules[module], name, value)
         return value
@@ -72,6 +73,23 @@ def _new(place: Place) -> str:
     return (place if isinstance(place, str) else place[0]).replace(":", ".")
 
 
-def _warn(old: str, new: str, *, stacklevel: int) -> None:
-    said = f"{old} will be removed in APT {REMOVED_IN}: use {new} (docs/migration.md)"
-    warnings.warn(said, DeprecationWarning, stacklevel=stacklevel)
+def _importer(module: FrameType) -> FrameType:
+    """The frame that runs a module. Before it stands whatever loads the module: pytest, for one, has its own loader."""
+    frame: FrameType | None = module
+    while frame is not None and frame.f_code.co_name != "_find_and_load":
+        frame = frame.f_back
+    return frame or module
+
+
+def _warn(old: str, new: str, user: FrameType) -> None:
+    """Warn on the line that `user` is at, or whoever imports where that is Python itself."""
+    while user.f_back is not None and str(user.f_globals.get("__name__")).startswith("importlib"):
+        user = user.f_back
+    warnings.warn_explicit(
+        f"{old} will be removed in APT {REMOVED_IN}: use {new} (docs/migration.md)",
+        DeprecationWarning,
+        user.f_code.co_filename,
+        user.f_lineno,
+        module=user.f_globals.get("__name__", "<string>"),
+        registry=user.f_globals.setdefault("__warningregistry__", {}),
+    )
