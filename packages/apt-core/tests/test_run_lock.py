@@ -79,13 +79,15 @@ def test_among_many_at_once_there_is_one_at_a_time(tmp_path: Path) -> None:
 
     def work() -> None:
         nonlocal inside, turns, most
-        for _ in range(100):
+        own = 0
+        while own < 25:  # how often it is refused is a matter of chance
             try:
                 with only_trainer(tmp_path):
                     inside += 1
                     most = max(most, inside)
                     turns += 1
                     inside -= 1
+                    own += 1
             except RunInUseError:
                 pass
 
@@ -94,7 +96,7 @@ def test_among_many_at_once_there_is_one_at_a_time(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1 and turns >= 100
+    assert most == 1 and turns == 100
 
 
 def test_the_name_of_a_holder_elsewhere_and_of_none(tmp_path: Path) -> None:
