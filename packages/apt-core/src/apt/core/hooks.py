@@ -7,6 +7,7 @@ isolation needs to know which implementation raised, and state is kept per plugi
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import time
 import types
@@ -117,7 +118,7 @@ class Hooks:
         self.manager.add_hookspecs(hookspecs)
         self._providers: set[str] = set()
         self._calls: dict[str, list[_Call]] = {}
-        self._at_work: tuple[str, str, float] | None = None
+        self._at_work: tuple[str, str] | None = None
         self._off: set[tuple[str, str]] = set()
         self._to_switch_off: set[tuple[str, str]] = set()
 
@@ -273,7 +274,7 @@ class Hooks:
         """What one implementation returns; None if it fails, or is an effect that has failed before."""
         if call.effect and call.failures:
             return None
-        before, self._at_work = self._at_work, (call.plugin, hook, time.monotonic())
+        before, self._at_work = self._at_work, (call.plugin, hook)
         try:
             result = call.function(*[arguments[name] for name in call.arguments])
             if result is not None and check is not None and (wrong := check(result)):
@@ -311,12 +312,14 @@ class Hooks:
             ) from error
 
     def _watch(self, over: threading.Event) -> None:
-        told: object = None
+        seen, since = None, math.inf
         while not over.wait(SLOW_SECONDS / 4):
             at_work = self._at_work  # taken once: the hook may come to its end meanwhile
-            if at_work is None or at_work is told or time.monotonic() - at_work[2] < SLOW_SECONDS:
+            if at_work is None or at_work is not seen:  # each call has a tuple of its own
+                seen, since = at_work, time.monotonic()
+            if at_work is None or time.monotonic() - since < SLOW_SECONDS:
                 continue
-            told = at_work
+            since = math.inf
             text = (
                 f"{at_work[0]}.{at_work[1]} has been at work for {SLOW_SECONDS:.0f} s, and the run waits for it; "
                 "a signal that comes twice, such as Ctrl-C, ends the run at once"

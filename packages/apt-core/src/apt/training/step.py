@@ -93,7 +93,7 @@ def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], 
         world: the processes, over which the loss that is returned is still to be averaged.
     """
     world = world or World()
-    loss = Loss(torch.zeros(()), torch.zeros(()))
+    loss = Loss(nothing := torch.zeros(()), nothing)
     for batch, share in zip(micro_batches, _shares(micro_batches, world), strict=True):
         is_last = batch is micro_batches[-1]
         with nullcontext() if is_last else getattr(batch_loss, "no_sync", nullcontext)():

@@ -249,7 +249,8 @@ class Trainer:
         self._rng_before_step = torch.get_rng_state()
         own_numbers(self.world, training.seed, step)
         self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
-        self._batch_loss.extra_losses = self._extra_losses if self.hooks.listening("extra_losses") else None
+        if (listening := self.hooks.listening("extra_losses")) != (self._batch_loss.extra_losses is not None):
+            self._batch_loss.extra_losses = self._extra_losses if listening else None  # slow, on a module
         loss = accumulate_gradients(self._loss, batch.split(self._micro_batches), self.world)
         loss.total = self.world.mean(loss.total)
         self.hooks.call("on_before_optimizer_step", optimizer=self.optimizer, trainer=self)
