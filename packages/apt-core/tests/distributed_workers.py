@@ -308,3 +308,14 @@ class FullDisk:
 
 
 KILL = int(signal.SIGKILL)
+
+
+def left_alone(config: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
+    """What the other of two processes comes to, where process `rank` is killed in step 7; it saves in line."""
+    config["checkpoint"] = {"asynchronous": False}
+    killed = run(2, config, folder, ("StopAt", (7, KILL, rank)))
+    assert killed[rank]["code"] == -KILL
+    other = killed[1 - rank]
+    assert (other["error"], other["code"]) == ("PeerLostError", 2)
+    assert "another process of the run was killed, or is out of reach, in step 7" in other["message"]
+    return other

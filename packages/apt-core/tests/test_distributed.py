@@ -120,12 +120,7 @@ def test_four_then_two_then_one_process_read_each_sample_once(config: Config, tm
 def test_a_killed_process_ends_the_run_with_a_checkpoint_that_resumes(
     config: Config, tmp_path: Path, rank: int, saved: str
 ) -> None:
-    config["checkpoint"] = {"asynchronous": False}
-    killed = workers.run(2, config, tmp_path / "killed", ("StopAt", (7, workers.KILL, rank)))
-    assert killed[rank]["code"] == -workers.KILL
-    other = killed[1 - rank]
-    assert (other["error"], other["code"]) == ("PeerLostError", 2)
-    assert "another process of the run was killed, or is out of reach, in step 7" in other["message"]
+    other = workers.left_alone(config, tmp_path / "killed", rank)
     run = other["run"]
     assert max((Path(run) / "checkpoints").iterdir()).name == saved, "process 0, if it is left, saves the whole step"
     alone(f"{run}/profile.yaml", resume=RunFolder(Path(run)))
