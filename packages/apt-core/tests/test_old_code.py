@@ -125,7 +125,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         "apt train -p saved/train.yaml --run-dir saved --epochs 2 --batch-size 4 --training.learning_rate 3e-05 "
         "--training.seed 42 --hardware.device cpu"
     )
-    assert code == 0 and f"this is the same now:\n  {new}\n" in err, err
+    assert code == 0 and f"will be removed in APT 4.0: use {new}\n" in err, err
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("Ann has\n"))
     code, out, err = python_m_apt_model("chat --model-path saved --temperature 0.7 --top-p 0.9")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from small_run import small_config, train
 from torch import nn
 
+from apt.cli.main import warnings_in_one_line
 from apt.core.errors import AptWarning, CheckpointError, ConfigError, DataError, RunInUseError, UsageError
 from apt.core.profiles import resolve
 from apt.core.runs import RunFolder
@@ -491,8 +493,8 @@ def test_what_fails_is_said_in_one_line_with_the_kernels_exit_code(
     err = capsys.readouterr().err.splitlines()
     assert err == [
         "warning: python -m apt_model chat: --verbose not used: nothing reads it any more",
-        "python -m apt_model will be removed in APT 4.0; this is the same now:",
-        "  apt chat nix --temperature 0.7 --top-p 0.9 --max-tokens 50",
+        "warning: python -m apt_model will be removed in APT 4.0: use "
+        "apt chat nix --temperature 0.7 --top-p 0.9 --max-tokens 50",
         "error: nix is not the folder of a run (it has no profile.yaml)",
         "  fix: runs in runs: none",
     ]
@@ -509,6 +511,22 @@ def test_what_fails_is_said_in_one_line_with_the_kernels_exit_code(
     assert capsys.readouterr().err.startswith("internal error: RuntimeError: ours")
 
 
+def test_it_warns_of_its_end_once_for_each_new_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, type[Warning]]] = []
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with warnings_in_one_line(), warnings.catch_warnings(record=True) as caught:
+            yield
+        shown.extend((str(warning.message), warning.category) for warning in caught)
+
+    monkeypatch.setattr(_command_line, "warnings_in_one_line", watched)
+    assert _command_line.main(["evaluate", "--model-path", "nix", "nada"]) == 2
+    use = "python -m apt_model will be removed in APT 4.0: use apt eval"
+    assert [text for text, _ in shown] == [f"{use} nix", f"{use} nada"]
+    assert all(issubclass(category, DeprecationWarning) for _, category in shown)
+
+
 def test_python_m_apt_model(tmp_path: Path) -> None:
     """In a folder that holds a run called as the package is."""
     (tmp_path / "apt_model").mkdir()
@@ -517,7 +535,7 @@ def test_python_m_apt_model(tmp_path: Path) -> None:
         [sys.executable, "-m", "apt_model", "evaluate"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert "  apt eval apt_model\nerror: apt_model is not the folder of a run" in done.stderr
+    assert ": use apt eval apt_model\nerror: apt_model is not the folder of a run" in done.stderr
 
 
 def test_the_default_is_that_of_old() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from apt.cli.main import main as apt
 from apt.cli.main import report, warnings_in_one_line
 from apt.cli.parser import Parser
 from apt.cli.run_commands import SHORT
-from apt.core.errors import UsageError
+from apt.core.errors import AptWarning, UsageError
 from apt_model._moved import REMOVED_IN
 from apt_model.config._options import say_once
 from apt_model.training._folder import refuse_weights_of_old
@@ -37,6 +38,13 @@ UNREAD_FLAGS = (
 """Taken, and passed over aloud; flags have no value."""
 
 
+class OldCommandLineWarning(AptWarning, DeprecationWarning):
+    """What `python -m apt_model` was asked for has a new command line, which the message gives.
+
+    Python hides a plain DeprecationWarning that no line of the user's own code caused; as one of ours it is shown.
+    """
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line of 1.x; returns the exit code, as `apt` does.
 
@@ -49,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         with warnings_in_one_line():
             translated = translate([argument for argument in arguments if argument != "--debug"])
-        print(f"python -m apt_model will be removed in APT {REMOVED_IN}; this is the same now:", file=sys.stderr)
-        codes = []
-        for new in translated:
-            print(f"  {shlex.join(['apt', *new])}", file=sys.stderr, flush=True)
-            codes.append(apt([*new, "--debug"] if debug else new))
-        return max(codes)
+            for new in translated:
+                line = shlex.join(["apt", *new])
+                warnings.warn(
+                    f"python -m apt_model will be removed in APT {REMOVED_IN}: use {line}", OldCommandLineWarning
+                )
+        return max([apt([*new, "--debug"] if debug else new) for new in translated])
 
     return report(command, debug=debug)
 
