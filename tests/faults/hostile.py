@@ -100,6 +100,11 @@ PROFILES: dict[str, tuple[Make, str]] = {
     "a list for a section": (holding(OK + "training: [1]\n"), "bad.yaml:3: training: expected a mapping, got a list"),
     "NaN": (holding(OK + "training:\n  learning_rate: .nan\n"), "bad.yaml:4: training.learning_rate: expected"),
     "infinity": (holding(OK + "training:\n  weight_decay: .inf\n"), "bad.yaml:4: training.weight_decay: expected"),
+    "NaN for a provider": (holding(OK + "model:\n  tva: {tau: .nan}\n"), "bad.yaml:4: model.tva.tau: expected a fin"),
+    "infinity in a list for a provider": (
+        holding(OK + "training:\n  mine: {weights: [1.0, -.inf]}\n"),
+        "bad.yaml:4: training.mine.weights[1]: expected a finite",
+    ),
     "a model of 10^9 layers": (holding(OK + "model: {num_layers: 1000000000}\n"), "bad.yaml:3: model.num_layers"),
     "a model 10^29 wide": (
         holding(OK + f"model: {{d_model: {10**29 - 1}, num_heads: 3}}\n"), "bad.yaml:3: model.d_model: expected",

@@ -233,17 +233,19 @@ def ages(lab: Lab, what: str) -> Row:
     modules = {MODULE: HEAD + OWN.format(kind=what), "own_part": PARTS[what]} if provides else {MODULE: HEAD + STATE}
     bench = Bench(lab, modules, *((f"--model.{what}_name", "own") if provides else ()), version="3.1")
     refused = "this run was made with apt-faulty 3.1, and {} is here, which is older"
-    for version, code, said in (
+    restore = 'pip install "apt-faulty==3.1"'
+    for version, code, said, *options in (
         ("3.0.9", 2, refused.format("3.0.9")),
         ("3.1rc2", 2, refused.format("3.1rc2")),
-        (None, 2 if provides else 0, 'pip install "apt-faulty==3.1"'),  # the state of one that listens is carried
+        (None, 2 if provides else 0, restore),  # the state of one that listens is carried
+        (None, 2, restore, "--strict"),
         ("3.1", 0, ""),
         ("3.10", 0, ""),
     ):
         run = lab.copy(bench.base, "victim")
         before = tensors_of(run)
         bench.install(modules if version else {}, version=version or "")
-        got, text = bench.apt(*bench.going_on(run))
+        got, text = bench.apt(*bench.going_on(run), *options)
         problem = "" if got == code and said in text else f"exit {got}, and said is: {text}"
         if code and (tensors_of(run) != before or not CheckpointStore(RunFolder(run).checkpoints).load_weights()[1]):
             problem = problem or "the weights alone cannot be loaded"
@@ -254,7 +256,8 @@ def ages(lab: Lab, what: str) -> Row:
         if code:
             bench.install(modules, version="3.1")
             bench.apt(*bench.going_on(run))
-        row.add(version or "missing", problem or ("" if end_of(run) == bench.end else "the end is another one"))
+        case = " ".join((version or "missing", *options))
+        row.add(case, problem or ("" if end_of(run) == bench.end else "the end is another one"))
     return row
 
 

@@ -108,6 +108,12 @@ def test_the_state_of_an_observer_that_is_gone_is_carried_unchanged(
     assert '"n": 2' in structure and list(tensors) == ["plugins.seen.ema"]
 
     uninstall(site)
+    refused = train("--training.max_steps", "4", "--strict")
+    assert refused.code == 2
+    assert refused.err == (
+        "error: the checkpoint holds state of 'seen', which is not here\n  fix: pip install \"apt-seen==4.2\"\n"
+    )
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
     for steps in (4, 6):  # twice: what is carried is carried on
         result = train("--training.max_steps", str(steps))
         assert result.code == 0

@@ -384,6 +384,8 @@ def test_what_is_kept_of_a_run_resolves_to_the_same(tmp_path: Path) -> None:
         ),
         ("model:\n  dropout: 1\n", ["2: model.dropout: expected a number at least 0 and less than 1, got 1"]),
         ("training:\n  learning_rate: .nan\n", ["2: training.learning_rate: expected a finite number, got .nan"]),
+        ("model:\n  tva: {tau: .nan}\n", ["2: model.tva.tau: expected a finite number, got .nan"]),
+        ("data:\n  own: {a: [1, {b: .inf}]}\n", ["2: data.own.a[1].b: expected a finite number, got .inf"]),
         ("training:\n  learning_rate: -.inf\n", ["2: training.learning_rate: expected a finite number, got -.inf"]),
         (
             "training:\n  lr_schedule: cosin\n",

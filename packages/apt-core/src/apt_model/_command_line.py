@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings_in_one_line():
             translated = translate([argument for argument in arguments if argument != "--debug"])
             for new in translated:
-                line = shlex.join(["apt", *new])
                 warnings.warn(
-                    f"python -m apt_model will be removed in APT {REMOVED_IN}: use {line}", OldCommandLineWarning
+                    f"python -m apt_model will be removed in APT {REMOVED_IN}: use {shlex.join(['apt', *new])}",
+                    OldCommandLineWarning,
+                    stacklevel=2,
                 )
         return max([apt([*new, "--debug"] if debug else new) for new in translated])
 

@@ -102,6 +102,22 @@ def bool_problems(data: Any, built: Any, model: type[BaseModel], base: Path = ()
     return problems
 
 
+def not_finite_problems(data: Any, path: Path) -> Iterator[Problem]:
+    """NaN and infinity anywhere in plain data, which lies at `path`."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from not_finite_problems(value, (*path, key))
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from not_finite_problems(value, (*path, index))
+    elif isinstance(data, float) and not math.isfinite(data):
+        yield Problem(path, _not_finite(data))
+
+
+def _not_finite(value: Any) -> str:
+    return f"expected a finite number, got {show(value)}"
+
+
 def unknown_key(
     key: str, properties: Iterable[str], elsewhere: Mapping[str, list[str]] | None = None
 ) -> tuple[str, str | None]:
@@ -157,7 +173,7 @@ def _explain(
     if kind == "missing":
         return "is missing", "add it"
     if kind == "finite_number":
-        return f"expected a finite number, got {show(value)}", None
+        return _not_finite(value), None
     expected = _expected(schema, path)
     if expected and (kind.endswith(("_type", "_parsing")) or kind in _WRONG_VALUE):
         return f"expected {expected}, got {show(value)}", _hint(schema, path, value)

@@ -19,6 +19,7 @@ from apt.core.problems import (
     Problem,
     bool_problems,
     dotted,
+    not_finite_problems,
     raise_problems,
     show,
     unknown_key,
@@ -88,7 +89,7 @@ def resolve(
         problems = bool_problems(data, config, RunConfig)
     except ValidationError as error:
         problems = validation_problems(error, RunConfig, data, elsewhere=_names())
-    raise_problems([*problems, *_stray_keys(data), *_schedule_problems(data)], origins)
+    raise_problems([*problems, *_stray_keys(data), *_not_finite(data), *_schedule_problems(data)], origins)
     return Profile(config, data, origins, name)
 
 
@@ -269,6 +270,19 @@ def _stray_keys(data: Mapping[str, Any]) -> list[Problem]:
                 hint = hint or "only a plugin's section may be added, a mapping"
             problems.append(Problem((parent, key), message, hint))
     return problems
+
+
+def _not_finite(data: Mapping[str, Any]) -> list[Problem]:
+    """NaN and infinity in providers' sections: no number of a profile is one, whoever reads it, and a slip is told
+    before anything is imported."""
+    return [
+        problem
+        for parent in PARENTS
+        if isinstance(section := data.get(parent), dict)
+        for key, value in section.items()
+        if isinstance(value, dict)
+        for problem in not_finite_problems(value, (parent, key))
+    ]
 
 
 def _schedule_problems(data: Mapping[str, Any]) -> list[Problem]:

@@ -49,7 +49,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a run that has just been built into the state of `checkpoint`.
 
     Raises:
-        CheckpointError: the checkpoint's weights are not those of this model.
+        CheckpointError: the checkpoint's weights are not those of this model; or, where everything is to be strict, it
+            holds state of a plugin that is not here.
     """
     _load_parameters(trainer, checkpoint)
     if not checkpoint.extra:
@@ -103,15 +104,18 @@ def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:
     for plugin, state in states.items():
         if plugin in listening:
             trainer.hooks.call_one(plugin, "on_checkpoint_load", state=state, trainer=trainer)
-        else:
-            trainer.carried_states[plugin] = state
-            requirement = requirement_of_listener(trainer.lock, plugin) if trainer.lock else None
-            warnings.warn(
-                f"the checkpoint holds state of {plugin!r}, which is not here; it is kept for the next checkpoint"
-                + (f" (to use it again: {how_to_restore(requirement)})" if requirement else ""),
-                AptWarning,
-                stacklevel=3,
-            )
+            continue
+        requirement = requirement_of_listener(trainer.lock, plugin) if trainer.lock else None
+        fix = how_to_restore(requirement) if requirement else None
+        what = f"the checkpoint holds state of {plugin!r}, which is not here"
+        if trainer.strict:
+            raise CheckpointError(what, hint=fix or "go on without --strict: its state is then kept for later")
+        trainer.carried_states[plugin] = state
+        warnings.warn(
+            f"{what}; it is kept for the next checkpoint" + (f" (to use it again: {fix})" if fix else ""),
+            AptWarning,
+            stacklevel=3,
+        )
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
