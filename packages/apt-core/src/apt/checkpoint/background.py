@@ -57,8 +57,8 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise what a save has failed with, if one has ended that way; waits for nothing."""
-        if not self.is_busy:
+        """Raise what a save has failed with, if one has ended that way; waits for no save."""
+        if self._failure is not None:
             self.wait()
 
     def wait(self) -> None:

@@ -276,7 +276,7 @@ class Hooks:
             return None
         before, self._at_work = self._at_work, (call.plugin, hook)
         try:
-            result = call.function(*[arguments[name] for name in call.arguments])
+            result = call.function(*map(arguments.__getitem__, call.arguments))
             if result is not None and check is not None and (wrong := check(result)):
                 raise TypeError(wrong)
         except PeerLostError:

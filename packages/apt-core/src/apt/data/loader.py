@@ -46,15 +46,16 @@ class Batch:
     @property
     def context(self) -> dict[str, Tensor]:
         """What the model is given beside the tokens, as keyword arguments."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
-        return {name: tensor for name, tensor in own.items() if tensor is not None}
+        return {name: tensor for name in _CONTEXT if (tensor := getattr(self, name)) is not None}
 
     def split(self, n: int) -> list[Batch]:
         """`n` micro-batches of equal size, as views. N must be a multiple of `n`."""
+        if n == 1:
+            return [self]
         rows = len(self.tokens)
         assert rows % n == 0, f"{rows} rows do not make {n} equal micro-batches"
         size = rows // n
-        return [self] if n == 1 else [self._rows(slice(i, i + size)) for i in range(0, rows, size)]
+        return [self._rows(slice(i, i + size)) for i in range(0, rows, size)]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; itself if it is there."""
@@ -70,6 +71,9 @@ class Batch:
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
+
+
+_CONTEXT = tuple(field.name for field in fields(Batch))[2:]
 
 
 class Loader(Protocol):
@@ -215,7 +219,7 @@ class TokenLoader:
             index_NT = starts_N[:, None] + np.arange(length)
             out_2NT[0], out_2NT[1] = ids[np.minimum(index_NT, last)], ids[np.minimum(index_NT + 1, last)]
             out_2NT[1][index_NT >= last] = NO_TARGET
-        tokens_NT, targets_NT = torch.from_numpy(out_2NT)
+        tokens_NT, targets_NT = torch.from_numpy(out_2NT).unbind()
         if not self._document_mask:
             return Batch(tokens_NT, targets_NT)
         return Batch(tokens_NT, targets_NT, *self._documents(starts_N))

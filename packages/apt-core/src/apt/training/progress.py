@@ -106,10 +106,12 @@ class Progress:
             return
         step, self._loss = record["step"] + 1, record["loss"]
         self._speed.append(record["tokens_per_second"])
+        if self._bar is None and time.monotonic() - self._line_shown < PLAIN_SECONDS:
+            return
         numbers = f"loss={self._loss:.4f}  {record['tokens_per_second']:,} tokens/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
-        elif time.monotonic() - self._line_shown >= PLAIN_SECONDS:
+        else:
             self._line_shown = time.monotonic()
             self._print(f"{self._title()}: step {step:,}  {numbers}")
 

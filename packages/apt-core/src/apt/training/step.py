@@ -31,6 +31,12 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """The extra losses by name; empty where there are none."""
 
+    def __add__(self, other: Loss) -> Loss:
+        parts = dict(self.parts)
+        for name, part in other.parts.items():
+            parts[name] = parts[name] + part if name in parts else part
+        return Loss(self.total + other.total, self.cross_entropy + other.cross_entropy, parts)
+
 
 def free_name(taken: Container[str], name: str) -> str:
     """`name`, or another one where core has an entry of its own under it: a plugin's must replace nothing."""
@@ -93,7 +99,7 @@ def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], 
         world: the processes, over which the loss that is returned is still to be averaged.
     """
     world = world or World()
-    loss = Loss(nothing := torch.zeros(()), nothing)
+    loss: Loss | None = None
     for batch, share in zip(micro_batches, _shares(micro_batches, world), strict=True):
         is_last = batch is micro_batches[-1]
         with nullcontext() if is_last else getattr(batch_loss, "no_sync", nullcontext)():
@@ -101,12 +107,9 @@ def accumulate_gradients(batch_loss: nn.Module, micro_batches: Sequence[Batch], 
             if len(micro_batches) * world.size > 1:
                 total = total * share
             total.backward()
-        is_first = batch is micro_batches[0]
-        loss.total = total.detach() if is_first else loss.total + total.detach()
-        loss.cross_entropy = own if is_first else loss.cross_entropy + own
-        for name, part in parts.items():
-            scaled = part * share
-            loss.parts[name] = loss.parts[name] + scaled if name in loss.parts else scaled
+        this = Loss(total.detach(), own, {name: part * share for name, part in parts.items()})
+        loss = this if loss is None else loss + this
+    assert loss is not None
     return loss
 
 
