@@ -31,8 +31,8 @@ class Empty:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stretches", type=int, default=40, help="of each, in turn")
-    parser.add_argument("--steps", type=int, default=100, help="per stretch")
+    parser.add_argument("--stretches", type=int, default=400, help="of each, in turn")
+    parser.add_argument("--steps", type=int, default=20, help="per stretch; a record is due every ten")
     parser.add_argument("--hooks", type=int, default=5)
     parser.add_argument("--at-most", type=float, help="microseconds; exit 1 if it costs more")
     args = parser.parse_args()

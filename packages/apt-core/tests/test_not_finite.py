@@ -79,8 +79,8 @@ def stopped(config: Config, policy: str, poison: Poison) -> tuple[CheckpointStor
     with pytest.raises(NotFiniteError) as error:
         trainer.train()
     assert error.value.exit_code == 2
-    assert_finite(trainer.store)
-    return trainer.store, error.value
+    assert_finite(trainer.saver.store)
+    return trainer.saver.store, error.value
 
 
 def assert_finite(store: CheckpointStore) -> None:
@@ -117,8 +117,8 @@ def test_skip_passes_the_step_over(config: Config, where: str, value: float) -> 
     trainer = run(config, "skip", poison)
     assert (trainer.step, trainer.epoch) == (12, 2)
     assert poison.taken == [0, 1, 3, 4, 5, 6, 9, 10]
-    assert trainer.store.steps() == [3, 6, 9, 12]
-    assert_finite(trainer.store)
+    assert trainer.saver.store.steps() == [3, 6, 9, 12]
+    assert_finite(trainer.saver.store)
     records = list(read_metrics(trainer.run_dir / "metrics.jsonl"))
     assert sum(record.get("not_finite", 0) for record in records) == 4
     assert all(record["loss"] is not None for record in records if record["event"] == "train")
@@ -128,7 +128,7 @@ def test_skip_passes_the_step_over(config: Config, where: str, value: float) -> 
 
 def test_a_step_that_is_passed_over_leaves_weights_and_moments_alone(config: Config) -> None:
     config["checkpoint"]["every"] = 1
-    store = run(config, "skip", Poison("gradient", math.nan, 4)).store
+    store = run(config, "skip", Poison("gradient", math.nan, 4)).saver.store
     before, after, later = (store.load(step) for step in (4, 5, 6))
     assert all(torch.equal(after.model[name], weight) for name, weight in before.model.items())
     for index, state in before.optimizer["state"].items():
@@ -155,10 +155,10 @@ def test_skip_cannot_mend_what_is_kept(config: Config, where: str) -> None:
 def test_rollback_goes_on_from_the_last_checkpoints_weights(config: Config, where: str, value: float) -> None:
     trainer = run(config, "rollback", Poison(where, value, 7))
     assert (trainer.step, trainer.epoch) == (12, 2)
-    assert_finite(trainer.store)
+    assert_finite(trainer.saver.store)
     log = (trainer.run_dir / "run.log").read_text()
     assert "; going on with the state of step 6" in log
-    assert trainer.store.latest() == 12
+    assert trainer.saver.store.latest() == 12
 
 
 def test_what_is_rolled_back_is_the_state_of_the_checkpoint(config: Config) -> None:
@@ -170,7 +170,7 @@ def test_what_is_rolled_back_is_the_state_of_the_checkpoint(config: Config) -> N
 
         def on_step_start(self, step: int, trainer: Trainer) -> None:
             if step == 8:
-                kept = trainer.store.load(6)
+                kept = trainer.saver.store.load(6)
                 seen.append(all(torch.equal(kept.model[k], v) for k, v in trainer.model.state_dict().items()))
                 moments = trainer.optimizer.state_dict()["state"]
                 seen.extend(
@@ -205,7 +205,7 @@ def test_a_run_that_has_met_them_resumes_bit_for_bit(config: Config, policy: str
         trainer.train()
     half = RunFolder(trainer.run_dir)
     again = run(config, policy, Poison("loss", math.nan, 4, 7), resume=half)
-    a, b = whole.store.load(12), again.store.load(12)
+    a, b = whole.saver.store.load(12), again.saver.store.load(12)
     assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
 
 

@@ -836,7 +836,7 @@ def test_the_last_save_is_on_the_disk_before_the_end_is_told(config: Config, mon
 
     class Look:
         def on_training_end(self, trainer: Trainer) -> None:
-            there.append(trainer.store.latest())
+            there.append(trainer.saver.store.latest())
 
     train(config, Look())
     assert there == [18]

@@ -122,7 +122,7 @@ class FiniteGuard:
         if self.policy != "rollback" or self._rollbacks == MAX_ROLLBACKS or trainer.last_saved() is None:
             raise self.error(trainer, wrong)
         self._rollbacks += 1
-        step = take_back(trainer, trainer.store.load())
+        step = take_back(trainer, trainer.saver.store.load())
         self._tell(trainer, wrong, f"going on with the state of step {step}")
 
     def _tell(self, trainer: Trainer, wrong: str, what: str) -> None:

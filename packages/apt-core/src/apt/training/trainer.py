@@ -14,35 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.durable import cannot_write, replace
-from apt.checkpoint.lock import (
-    check_age,
-    check_frozen,
-    check_lock,
-    read_lock,
-    recorded_layouts,
-    recorded_plugins,
-    requirements_of,
-    write_lock,
-)  # fmt: skip
+from apt.checkpoint.lock import read_lock, recorded_layouts, recorded_plugins, requirements_of
 from apt.core.config import RunConfig
 from apt.core.device import tune_cpu_memory, use_bf16
-from apt.core.discovery import Plugin, Plugins, choose, discover
-from apt.core.errors import (
-    AptError,
-    AptWarning,
-    CheckpointError,
-    ConfigError,
-    PeerLostError,
-    TrainingError,
-)
+from apt.core.discovery import Plugins, choose, discover
+from apt.core.errors import AptError, AptWarning, ConfigError, PeerLostError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
-from apt.core.in_use import ProvidersInUse, Slot
-from apt.core.logging import get_logger, log_to_file
+from apt.core.in_use import ProvidersInUse
+from apt.core.logging import get_logger
 from apt.core.monitor import ResourceMonitor
-from apt.core.profiles import Profile, check_sections, dump_yaml, resolve
+from apt.core.profiles import Profile, check_sections, resolve
 from apt.core.providers import Provider
-from apt.core.runs import RunFolder, new_run
+from apt.core.runs import RunFolder
 from apt.core.schedules import Schedule
 from apt.core.world import World
 from apt.data.loader import Batch
@@ -55,15 +38,13 @@ from apt.modeling.compose import ModelBuilder
 from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
-from apt.training.metrics import MetricsFile
+from apt.training.opening import open_run, refuse_what_is_not_in
 from apt.training.optim import build_optimizer, learning_rate
-from apt.training.plan import plan, use_side_providers
+from apt.training.plan import use_side_providers
 from apt.training.progress import Progress
-from apt.training.run_lock import only_trainer
 from apt.training.saving import RunSaver
 from apt.training.sharding import shard, shards_of, whole
 from apt.training.signals import Interrupted, StopRequest, catch_signals
-from apt.training.state import restore
 from apt.training.step import BatchLoss, accumulate_gradients, dry_run, free_name, update
 from apt.training.window import Window, not_finite, plain_numbers
 
@@ -89,6 +70,9 @@ class Trainer:
     The attributes that hooks may rely on are the table in `apt.hookspecs`; those that need the model exist once `train`
     has called `on_model_built`.
     """
+
+    saver: RunSaver
+    """What saves the run; there once its folder is open."""
 
     def __init__(
         self,
@@ -126,7 +110,7 @@ class Trainer:
         self.registry.recorded = requirements_of(self.lock) if self.lock else {}
         check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
         if frozen is not None:
-            self._refuse_what_is_not_in(frozen)
+            refuse_what_is_not_in(frozen, self)
         layouts = recorded_layouts(self.lock) if self.lock else None
         self.in_use = ProvidersInUse(self.registry, self.config.sections, strict=strict, layouts=layouts)
         self.schedule = Schedule(self.config)
@@ -199,7 +183,7 @@ class Trainer:
                     self._build_parts(stack)
                     first = next(self.data.train.epoch(0, share=self._share)).split(self._micro_batches)[0]
                     dry_run(self.model, first, self.device, self._autocast)
-                    self._open_run(stack)
+                    open_run(self, stack)
                     self._loss = reduced(self._batch_loss, self.model, self.world)
                     stack.enter_context(self.world.unhurried())
                     self._stop = stack.enter_context(catch_signals())
@@ -414,74 +398,6 @@ class Trainer:
         self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         self._batch_loss = BatchLoss(torch.compile(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
-
-    def _open_run(self, stack: ExitStack) -> None:
-        """Make the run's folder, or enter the one that is resumed and go on from its last good checkpoint; then write
-        down what the run is made of."""
-        self.run = self._own_folder(stack)
-        slots = list(self.in_use.slots.values())
-        self.saver = RunSaver(self)
-        self.store = self.saver.store
-        if self.lock:
-            checkpoint = self.store.load()
-            check_age(self.lock, slots, self.plugins.found, checkpoint.plugins)
-            check_lock(self.lock, slots)
-            restore(self, checkpoint)
-            if len(found := set(self.world.gather(self.step))) > 1:
-                raise CheckpointError(
-                    f"the processes find different checkpoints in {self.run.checkpoints}: of steps {sorted(found)}",
-                    hint="the run's folder must be the same one on every machine",
-                )
-        if not self.world.is_first:
-            return
-        try:
-            stack.enter_context(log_to_file(self.logger, self.run.log))
-            self.hooks.add(MetricsFile(self.run.metrics, self.step if self.resumed else None), "metrics")
-            if not self.resumed:
-                self.tokenizer.save(self.run.tokenizer)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write to the run's folder {self.run.path}: {error.strerror or error}",
-                hint="free some space, or choose another output_dir",
-            ) from error
-        if self.resumed and self.step >= self.total_steps and self.epoch_closed:
-            return  # nothing is left to do, and nothing is to be changed
-        absent = [record for record in (self.lock or {}).get("plugins", ()) if record["name"] in self.carried_states]
-        write_lock(self.run.lock, slots, self.model, self.modules_by_slot, self._plugins_of(slots), absent)
-        replace(self.run.profile, dump_yaml(self.config.model_dump(mode="json")).encode())
-        for slot in slots:
-            if slot.is_fallback:
-                self.logger.warning(
-                    "%s:%s is in effect instead of %s: %s", slot.kind, slot.name, slot.requested, slot.reason
-                )
-
-    def _own_folder(self, stack: ExitStack) -> RunFolder:
-        """The run's folder, which process 0 makes or enters, and has for its run alone."""
-        if not self.world.is_first:
-            return RunFolder(Path(self.world.gather(None)[0]))
-        run = self.run or new_run(self.config.output_dir, self.config.name)
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(error, run.path, 0) from error
-        stack.enter_context(only_trainer(run.path))
-        if run.holds_a_run() and not self.resumed:
-            raise CheckpointError(
-                f"{run.path} holds a run already",
-                hint=f"go on with it (--resume {run.path}) or choose another folder",
-            )
-        self.world.gather(str(run.path))
-        return run
-
-    def _plugins_of(self, slots: Iterable[Slot]) -> list[Plugin]:
-        return self.plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
-
-    def _refuse_what_is_not_in(self, lock: Path) -> None:
-        """Raise PluginError for what a lock does not hold, before a plugin listens or any text is read."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AptWarning)  # the run itself will say it
-            slots = plan(self.config, self.registry, strict=self.strict)[0].slots.values()
-        check_frozen(read_lock(lock), lock, self.plugins.found, self._plugins_of(slots), slots)
 
     # The end
 
