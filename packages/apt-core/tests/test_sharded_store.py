@@ -233,17 +233,29 @@ def test_a_folder_that_is_not_the_same_one_everywhere_is_named(stores: list[Stor
         store.load()
 
 
-@pytest.mark.parametrize("offsets", [[3, 0], [-1, 0], [0], [0, "a"], 7])
-def test_a_header_that_lies_is_damage(tmp_path: Path, stores: list[Store], offsets: Any) -> None:
+LIES: list[Any] = [
+    *({"offsets": lie} for lie in ([3, 0], [-1, 0], [0], [2, "a"], 7, None, {}, [2**70, 0], [0.5, 0], [[2], 0])),
+    *({"shape": lie} for lie in ([2**62, 2], [2**70, 2], [-4, 2], [4], [4, 2, 1], [4, "a"], "42", None, {}, [0, 0])),
+    None, [], 7, "a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", [{}, *LIES])
+def test_a_header_that_lies_is_damage(tmp_path: Path, stores: list[Store], lie: Any) -> None:
     save(stores, 1)
     folder = stores[0].folder / "step-00000001"
-    path = folder / "model-00002-of-00003.safetensors"
-    weights = read_shards(folder, [path.name])
-    name = next(iter(weights)).removeprefix("model.")
-    header = {name: {"shape": [4, *weights["model." + name].shape[1:]], "offsets": offsets}}
-    save_file({name: weights["model." + name]}, path, metadata={"shards": json.dumps(header)})
+    halves = torch.arange(8.0).view(4, 2).split(2)
+    files = [f"model-{rank:05d}-of-00003.safetensors" for rank in (0, 1)]
+    for rank, file in enumerate(files):
+        part: Any = {"shape": [4, 2], "offsets": [2 * rank, 0]}
+        if rank == 1:
+            part = part | lie if isinstance(lie, dict) else lie
+        save_file({"cut": halves[rank].clone()}, folder / file, metadata={"shards": json.dumps({"cut": part})})
     manifest = read_manifest(folder, 1)
-    manifest["files"] |= hashes(folder, [path.name])
+    manifest["files"] |= hashes(folder, files)
     (folder / MANIFEST).write_bytes(seal(manifest))
+    if lie == {}:  # the truth
+        assert torch.equal(CheckpointStore(stores[0].folder).load(1).model["cut"], torch.cat(halves))
+        return
     with pytest.raises(CheckpointError, match=r"damaged|lacks a part"):
         CheckpointStore(stores[0].folder).load(1)

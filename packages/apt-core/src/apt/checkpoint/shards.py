@@ -178,11 +178,12 @@ class ShardReader(StorageReader):
                     sizes = part.get_shape()
                     shard = shards.get(key, {"shape": sizes, "offsets": [0] * len(sizes)})
                     name, offsets = prefix + key, torch.Size(shard["offsets"])
-                    if not _lies_within(offsets, sizes, shard["shape"]):
-                        raise CheckpointError(f"{self.folder / file} is damaged: {key}", hint="load another step")
+                    whole = torch.Size(shard["shape"])
                     if name not in found:
                         dtype = (part[:0] if sizes else opened.get_tensor(key)).dtype
-                        found[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shard["shape"]), [])
+                        found[name] = TensorStorageMetadata(TensorProperties(dtype), whole, [])
+                    if found[name].size != whole or not _lies_within(offsets, sizes, whole):
+                        raise CheckpointError(f"{self.folder / file} is damaged: {key}", hint="load another step")
                     found[name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(sizes)))
                     self._homes[MetadataIndex(name, offsets)] = (file, key)
         for name, known in found.items():
