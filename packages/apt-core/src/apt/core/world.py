@@ -31,7 +31,14 @@ PATIENCE = 3.0
 LONG = timedelta(days=1)
 """How long one process may take for what the others wait for: a large text is tokenized in hours."""
 
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+SILENCE = 60
+"""Seconds after which a machine that does not answer is gone: its power, or the cable. The systems ask each other, also
+where the processes have nothing to say."""
+
+_LOST = (
+    "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "Connection timed out",
+    "No route to host", "is unreachable",
+)  # fmt: skip
 """What the transport of gloo says of a process that is gone."""
 
 
@@ -127,7 +134,10 @@ class World:
         with self.watching():
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
         self.wait_for_all()
-        self._wires = _sockets() - before
+        connected = _sockets()
+        self._wires = connected - before
+        for descriptor in connected:
+            _end_in_silence(descriptor)
         try:
             yield
         finally:
@@ -327,6 +337,17 @@ def _sockets() -> set[int]:
         return {connection.fd for connection in psutil.Process().net_connections("tcp") if connection.raddr}
     except psutil.Error:
         return set()
+
+
+def _end_in_silence(descriptor: int) -> None:
+    """Have the system close a TCP connection whose other side is silent. Where it cannot be told to, the limit of the
+    transport holds: half an hour."""
+    times = {"TCP_KEEPIDLE": SILENCE // 4, "TCP_KEEPINTVL": SILENCE // 4, "TCP_KEEPCNT": 3}
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in {**times, "TCP_USER_TIMEOUT": 1000 * SILENCE}.items():
+            if hasattr(socket, name):
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _is_loss(error: RuntimeError) -> bool:
