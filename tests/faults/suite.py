@@ -30,6 +30,7 @@ import hostile
 import hostile_folders
 from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
+from machines import machines
 from plugin_faults import FAULTS, Bench, ages, healthy, plugin_row
 from resuming import PLACES, clock, consecutive, fewer, killed, not_finite, position
 
@@ -349,6 +350,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for place in PLACES
         ],
         "worlds": [lambda: fewer(lab("fewer"), smoke), lambda: killed(lab("killed"), smoke)],
+        "machines": [] if smoke else [lambda: machines(lab("machines"))],
         "finite": [
             lambda policy=policy: not_finite(lab("finite", on_not_finite=policy))  # type: ignore[misc]
             for policy in ("stop", "skip", "rollback")
