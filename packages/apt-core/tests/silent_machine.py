@@ -19,7 +19,7 @@ CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 0x1
 NOT_ALLOWED = 77
 """The exit code where this user may not make a network."""
 
-SILENCE, STEP, PORT = 4, 5, 29500
+SILENCE, STEP, PORT = 4, 7, 29500
 
 
 def loopback(flags: int) -> None:
