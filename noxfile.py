@@ -78,7 +78,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Every fault of docs/faults.md at every operation, which takes an hour; `tests` takes a few of each."""
+    """Every fault of docs/faults.md at every operation, which takes half an hour; `tests` takes a few of each."""
     tools = development(session)
     session.run(str(tools / "python"), "tests/faults/suite.py", *session.posargs, external=True)
 
