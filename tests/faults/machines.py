@@ -3,7 +3,6 @@ what becomes of a run when one of them is lost."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -13,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lab import Lab, Row
 
 from apt.checkpoint.store import CheckpointStore
 from apt.core.runs import RunFolder
+from apt.training.metrics import read_metrics
 
 NAMES = ("apt-fault-1", "apt-fault-2")
 ADDRESSES = ("10.97.0.1", "10.97.0.2")
@@ -53,21 +54,22 @@ def machines(lab: Lab) -> Row:
             row.add(parallel, _difference(run, alone) if ends == [0, 0] else f"exit codes {ends}")
         for fault in FAULTS:
             run = lab.folder / fault.replace(" ", "-")
-            problem, lost = _fault(lab, profile, run, fault)
+            problem = _fault(lab, profile, run, fault)
             if not problem:
                 _apt(lab, "train", "--resume", str(run))
                 problem = _difference(run, alone)
-            row.add(fault, problem, lost)
+            row.add(fault, problem)
     return row
 
 
-def _fault(lab: Lab, profile: Path, run: Path, fault: str) -> tuple[str, int]:
-    """What is wrong with how the run ends, "" if nothing, and how many steps are lost."""
+def _fault(lab: Lab, profile: Path, run: Path, fault: str) -> str:
+    """What is wrong with how the run ends, "" if nothing: every step that was done is saved."""
     first, second = _launched(lab, profile, run)
-    while _step(run) < STEPS // 4:
+    while _last_record(run).get("step", 0) < STEPS // 4:
         time.sleep(0.05)
         if first.poll() is not None:
-            return "the run ended before the fault", 0
+            second.kill()
+            return "the run ended before the fault"
     theirs = [int(process) for process in _ip("netns", "pids", NAMES[1]).split()]
     if fault == "the cable pulled":
         _ip("-n", NAMES[1], "link", "set", "cable2", "down")
@@ -81,18 +83,18 @@ def _fault(lab: Lab, profile: Path, run: Path, fault: str) -> tuple[str, int]:
     said = (lab.folder / f"{run.name}-1.txt").read_text()
     saved = CheckpointStore(RunFolder(run).checkpoints).latest() or 0
     wanted = f"is out of reach, in step {saved}; the run is saved in {run}"
-    return ("", 0) if wanted in said else (f"step {saved} is saved, and said is: {said[-500:]}", EVERY)
+    return "" if wanted in said else f"step {saved} is saved, and said is: {said[-500:]}"
 
 
-def _step(run: Path) -> int:
+def _last_record(run: Path) -> dict[str, Any]:
+    """Of the run's metrics; empty if there is none yet."""
     path = RunFolder(run).metrics
-    lines = path.read_text().splitlines() if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    return ([{}, *read_metrics(path)] if path.exists() else [{}])[-1]
 
 
 def _difference(run: Path, alone: Path) -> str:
     """How the last losses of two runs differ, if it is more than they may."""
-    ours, theirs = (json.loads(RunFolder(path).metrics.read_text().splitlines()[-1]) for path in (run, alone))
+    ours, theirs = _last_record(run), _last_record(alone)
     near = abs(ours["val_loss"] - theirs["val_loss"]) <= TOLERANCE * theirs["val_loss"]
     return "" if near and ours["step"] == theirs["step"] else f"the end is {ours}, and in one process {theirs}"
 
