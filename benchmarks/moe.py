@@ -117,7 +117,8 @@ def mixtral_block(experts: int) -> nn.Module:
 
 def moe_layer(experts: int, capacity: float | None) -> nn.Module:
     """Ours, around the gated layer that Mixtral's experts are."""
-    from apt.modeling.layers.ffn import FFNConfig, GatedFeedForward
+    from apt.modeling.layers.config import FFNConfig
+    from apt.modeling.layers.ffn import GatedFeedForward
     from apt_plugin_moe.router import MoERouter
 
     config = {"experts": experts, "top_k": TOP_K, "capacity": capacity}

@@ -105,6 +105,18 @@ PROFILES: dict[str, tuple[Make, str]] = {
         holding(OK + "training:\n  mine: {weights: [1.0, -.inf]}\n"),
         "bad.yaml:4: training.mine.weights[1]: expected a finite",
     ),
+    "a word for a provider's number": (
+        holding(OK + "model:\n  tva:\n    tau: abc\n"), "bad.yaml:5: model.tva.tau: expected a number greater than 0",
+    ),
+    "a misspelt key of a provider": (
+        holding(OK + "model: {mha: {num_kv_heds: 2}}\n"), "bad.yaml:3: model.mha.num_kv_heds: unknown key",
+    ),
+    "a number for a dataset's word": (
+        holding(OK[:-2] + ", pairs: {source_field: 3}}\n"), "bad.yaml:2: data.pairs.source_field: expected a string",
+    ),
+    "a pattern that is none": (
+        holding(OK + "model: {voting: {pattern: '('}}\n"), "bad.yaml:3: model.voting.pattern: no regular expression",
+    ),
     "a model of 10^9 layers": (holding(OK + "model: {num_layers: 1000000000}\n"), "bad.yaml:3: model.num_layers"),
     "a model 10^29 wide": (
         holding(OK + f"model: {{d_model: {10**29 - 1}, num_heads: 3}}\n"), "bad.yaml:3: model.d_model: expected",

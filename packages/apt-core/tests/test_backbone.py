@@ -14,9 +14,10 @@ from apt.core.config import ModelConfig
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext
 from apt.modeling.backbones.gpt import GPT, ModelOutput, TransformerBlock
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
-from apt.modeling.layers.attention_tva import TVAAttentionLayer, TVAConfig
-from apt.modeling.layers.ffn import FeedForward, FFNConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
+from apt.modeling.layers.attention_tva import TVAAttentionLayer
+from apt.modeling.layers.config import FFNConfig, MHAConfig, TVAConfig
+from apt.modeling.layers.ffn import FeedForward
 
 torch.set_num_threads(1)
 B, T, V = 2, 9, 20

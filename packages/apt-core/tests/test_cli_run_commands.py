@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fixture_types import RunApt
 
+from apt.checkpoint.lock import FORMAT
 from apt.core.profiles import dump_yaml, resolve
 from apt.core.runs import RunFolder
 
@@ -46,11 +47,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def make_run(folder: str, profile: str = "tiny_debug", **overrides: Any) -> RunFolder:
-    """A run's folder below the current one, with its resolved profile."""
+    """A run's folder below the current one, with its resolved profile and a lock that holds nothing."""
     run = RunFolder(Path(folder))
     run.path.mkdir(parents=True)
     config = resolve(profile, {key.replace("__", "."): value for key, value in overrides.items()}).config
     run.profile.write_text(dump_yaml(config.model_dump(mode="json")))
+    run.lock.write_text(json.dumps({"format": FORMAT, "slots": [], "plugins": []}))
     return run
 
 
@@ -67,7 +69,8 @@ def test_train_hands_everything_on(run_apt: RunApt, calls: Calls) -> None:
     config = calls["source"].config
     assert (config.name, config.model.attention_name, config.training.learning_rate) == ("tiny_debug", "mha", 3e-4)
     assert (config.training.max_epochs, config.training.batch_size) == (5, 3)
-    assert (calls["plugins"], calls["no_plugin"], calls["no_plugins"]) == (["builtin"], ["moe"], False)
+    assert [plugin.name for plugin in calls["plugins"].found if plugin.loaded] == ["builtin"]
+    assert calls["plugins"].registry.find("attention", "mha")
     assert (calls["strict"], calls["quiet"], calls["run_dir"], calls["resume"]) == (True, True, Path("here"), None)
     assert calls["options"].profile == "tiny_debug"
     assert calls["trained"]
@@ -87,6 +90,8 @@ def test_train_hands_everything_on(run_apt: RunApt, calls: Calls) -> None:
         ("--resume -p nope", "there is no profile 'nope'"),
         ("-p tiny_debug --model.d_model [8", "command line: --model.d_model"),
         ("-p tiny_debug --plugins quux", "--plugins: there is no plugin 'quux'"),
+        ("-p tiny_debug --model.tva.tau x", "command line: --model.tva.tau: expected a number greater than 0"),
+        ("-p tiny_debug --nproc 2 --model.tva.tau x", "command line: --model.tva.tau: expected a number greater than"),
     ],
 )
 def test_train_refuses(run_apt: RunApt, calls: Calls, tmp_path: Path, call: str, error: str) -> None:

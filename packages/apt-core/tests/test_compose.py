@@ -18,8 +18,9 @@ from apt.core.providers.router import RouterProvider
 from apt.core.registry import Registry
 from apt.modeling.backbones.gpt import GPT, TransformerBlock
 from apt.modeling.compose import ModelBuilder
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
 from apt.modeling.layers.attention_tva import TVAAttentionLayer
+from apt.modeling.layers.config import MHAConfig
 from apt.modeling.layers.ffn import FeedForward, GatedFeedForward
 
 torch.set_num_threads(1)

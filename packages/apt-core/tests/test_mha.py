@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext
-from apt.modeling.layers.attention_mha import MHAAttention, MHAAttentionLayer, MHAConfig
+from apt.modeling.layers.attention_mha import MHAAttention, MHAAttentionLayer
+from apt.modeling.layers.config import MHAConfig
 
 torch.set_num_threads(1)
 B, T, D, H = 2, 6, 16, 4

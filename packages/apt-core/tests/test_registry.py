@@ -125,6 +125,29 @@ def test_bad_registrations_are_refused(registry: Registry) -> None:
         registry.register("atention", "x", Plain)
     with pytest.raises(ConfigError, match="neither a class nor an import string"):
         registry.register("attention", "x", "no_colon")
+    with pytest.raises(ConfigError, match="x: 'no_colon' is neither a class nor an import string"):
+        registry.register("attention", "x", Plain, config="no_colon")
+
+
+def test_a_config_of_its_own_is_had_without_the_class(registry: Registry) -> None:
+    registry.register("ffn", "light", "no_such_module:Thing", config=f"{__name__}:Settings")
+    assert registry.find("ffn", "light").load_config() is Settings
+    assert registry.find("attention", "other").load_config() is Settings
+    with pytest.raises(ProviderError, match="no_such_module"):
+        registry.find("attention", "stale").load_config()
+    with pytest.raises(ProviderError, match=r"ffn:light .*'no_such_module:Thing': ModuleNotFoundError"):
+        registry.get("ffn", "light")
+
+
+def test_a_config_that_is_not_that_of_the_class_is_refused(registry: Registry) -> None:
+    class Looser(Settings):
+        s: int = 0
+
+    registry.register("ffn", "plain", f"{__name__}:Plain", config=Settings)
+    assert registry.get("ffn", "plain", {"r": 1}).config == Settings(r=1)
+    registry.register("ffn", "plain", f"{__name__}:Plain", config=Looser)
+    with pytest.raises(ProviderError, match="the config registered for it is not the Config of its class"):
+        registry.get("ffn", "plain", {"r": 1})
 
 
 def test_two_plugins_that_claim_one_name_are_both_shown_and_neither_wins(registry: Registry) -> None:

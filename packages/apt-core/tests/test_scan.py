@@ -187,6 +187,10 @@ CLASSES = (
 from apt.core.registry import Provider
 
 class FFN(Provider):
+    class Config:
+        @classmethod
+        def model_validate(cls, given): return given
+
     def get_name(self): return "own"
     def get_version(self): return "1"
 
@@ -199,7 +203,7 @@ def hidden():
 
 @hookimpl
 def apt_register_providers(registry):
-    registry.register("ffn", "own", FFN)
+    registry.register("ffn", "own", FFN, config=FFN.Config)
     registry.register("ffn", "inner", FFN.Inner)
 """
 )
@@ -215,6 +219,7 @@ def test_classes_are_written_down_as_import_strings_where_they_have_one(
     )
     registry = discover(Selection(("a",))).registry
     assert "a_plugin" not in sys.modules
+    assert registry.find("ffn", "own").config == "a_plugin:FFN.Config"
     assert [registry.get("ffn", name).get_name() for name in ("own", "inner")] == ["own", "inner"]
     for _ in range(2):  # the second time it is known that nothing could be written down
         registry = discover(Selection(("b",))).registry

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext
 from apt.core.registry import Registry
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
-from apt.modeling.layers.attention_tva import TVAAttention, TVAAttentionLayer, TVAConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
+from apt.modeling.layers.attention_tva import TVAAttention, TVAAttentionLayer
+from apt.modeling.layers.config import MHAConfig, TVAConfig
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
 from apt.modeling.layers.vein import REWIND
 

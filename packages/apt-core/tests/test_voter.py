@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt.builtin.voter import EntropyVoter, SelfConsistencyVoter, VotingConfig, entropy
+from apt.builtin.config import VotingConfig
+from apt.builtin.voter import EntropyVoter, SelfConsistencyVoter, entropy
 from apt.core.errors import ConfigError
 from apt.core.providers.voter import Candidate
 from apt.core.registry import registry

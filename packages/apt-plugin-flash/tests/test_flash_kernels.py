@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from apt.api import AptWarning, ProviderError
 from apt.core.providers.attention import AttentionContext
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
+from apt.modeling.layers.config import MHAConfig
 from apt.modeling.layers.masks import Limits
 from apt_plugin_flash.config import WindowedMHAConfig
 from apt_plugin_flash.flash import FlashAttention, FlashLayer, find_segments, load_kernels

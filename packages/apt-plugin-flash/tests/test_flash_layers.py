@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from apt.api import ConfigError
 from apt.core.errors import AptWarning, ProviderError
 from apt.core.providers.attention import AttentionContext
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
+from apt.modeling.layers.config import MHAConfig
 from apt_plugin_flash.config import WindowedMHAConfig
 from apt_plugin_flash.flash import FlashLayer
 from apt_plugin_flash.flex import FlexLayer

@@ -11,7 +11,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from apt.api import AptWarning, ProviderError
 from apt.core.providers.attention import AttentionContext
-from apt.modeling.layers.attention_mha import MHAAttentionLayer, MHAConfig
+from apt.modeling.layers.attention_mha import MHAAttentionLayer
+from apt.modeling.layers.config import MHAConfig
 from apt.modeling.layers.masks import Limits
 from apt_plugin_flash import flex
 from apt_plugin_flash.config import WindowedMHAConfig

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.modeling.layers.ffn import FeedForward, FFNConfig, GatedFeedForward
+from apt.modeling.layers.config import FFNConfig
+from apt.modeling.layers.ffn import FeedForward, GatedFeedForward
 from apt_plugin_moe.dispatch import Dispatch, sort_by_expert
 from apt_plugin_moe.experts import SeparateExperts, StackedExperts, can_be_stacked, make_experts, split_output
 

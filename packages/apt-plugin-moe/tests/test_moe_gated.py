@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apt.modeling.layers.ffn import FFNConfig, GatedFeedForward
+from apt.modeling.layers.config import FFNConfig
+from apt.modeling.layers.ffn import GatedFeedForward
 from apt_plugin_moe.dispatch import sort_by_expert
 from apt_plugin_moe.experts import StackedExperts
 from apt_plugin_moe.gated import gated_experts, is_gated

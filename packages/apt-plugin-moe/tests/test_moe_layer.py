@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.modeling.layers.ffn import FeedForward, FFNConfig, GatedFeedForward
+from apt.modeling.layers.config import FFNConfig
+from apt.modeling.layers.ffn import FeedForward, GatedFeedForward
 from apt_plugin_moe.config import MoEConfig
 from apt_plugin_moe.layer import MoEFFN
 from apt_plugin_moe.router import MoERouter

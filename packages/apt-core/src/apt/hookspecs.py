@@ -120,7 +120,7 @@ if TYPE_CHECKING:
     from apt.core.hooks import Failure
     from apt.core.registry import Registry
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 """(major, minor). A plugin module declares the one it was written for under the same name: another major, or a newer
 minor, is refused with a message."""
 

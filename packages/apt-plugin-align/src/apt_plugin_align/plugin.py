@@ -2,11 +2,16 @@
 
 from apt.api import Registry, hookimpl
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 
 
 @hookimpl
 def apt_register_providers(registry: Registry) -> None:
     registry.register(
-        "align", "bistate_default", "apt_plugin_align.align:BistateAlign", version="1.0.0", section="bistate"
+        "align",
+        "bistate_default",
+        "apt_plugin_align.align:BistateAlign",
+        version="1.0.0",
+        section="bistate",
+        config="apt_plugin_align.config:BistateConfig",
     )

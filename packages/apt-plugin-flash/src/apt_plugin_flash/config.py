@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from apt.modeling.layers.attention_mha import MHAConfig
+from apt.modeling.layers.config import MHAConfig
 
 
 class WindowedMHAConfig(MHAConfig):

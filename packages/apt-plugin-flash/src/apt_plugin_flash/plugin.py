@@ -4,7 +4,7 @@ from typing import Any
 
 from apt.hookspecs import hookimpl
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 
 
 @hookimpl
@@ -14,4 +14,5 @@ def apt_register_providers(registry: Any) -> None:
         "flash_v2": "apt_plugin_flash.flash:FlashAttention",
         "flex": "apt_plugin_flash.flex:FlexAttention",
     }.items():
-        registry.register("attention", name, target, version="1.0.0", section="mha")
+        config = "apt_plugin_flash.config:WindowedMHAConfig"
+        registry.register("attention", name, target, version="1.0.0", section="mha", config=config)

@@ -9,14 +9,23 @@ from apt.hookspecs import hookimpl
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 
 
 @hookimpl
 def apt_register_providers(registry: Any) -> None:
-    registry.register("quant", "int8", "apt_plugin_quant.providers:Int8Weights", version="1.0.0")
-    registry.register("quant", "int8_dynamic", "apt_plugin_quant.providers:Int8Dynamic", version="1.0.0")
-    registry.register("quant", "int4", "apt_plugin_quant.providers:Int4Weights", version="1.0.0")
+    for name, provider, config in (
+        ("int8", "Int8Weights", "Settings"),
+        ("int8_dynamic", "Int8Dynamic", "Settings"),
+        ("int4", "Int4Weights", "GroupSettings"),
+    ):
+        registry.register(
+            "quant",
+            name,
+            f"apt_plugin_quant.providers:{provider}",
+            version="1.0.0",
+            config=f"apt_plugin_quant.config:{config}",
+        )
 
 
 @hookimpl

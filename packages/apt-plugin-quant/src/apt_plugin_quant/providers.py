@@ -10,13 +10,13 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from apt.api import AptWarning, ConfigError
 from apt.core.providers.quant import QuantProvider
+from apt_plugin_quant.config import GroupSettings, Settings
 from apt_plugin_quant.linear import FakeQuantizedLinear, QuantizedLinear
 from apt_plugin_quant.schemes import Int4, Int8, Scheme
 
@@ -24,23 +24,6 @@ GROUP = 32
 """Weights that share a scale where the profile does not say."""
 SMALLEST_GROUP = 8
 """A row without a divisor from this up to `GROUP` is one group: a scale for fewer weights costs more than it gains."""
-
-
-class Settings(BaseModel):
-    """The section of a scheme: `model.int8`, `model.int8_dynamic`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    keep: tuple[str, ...] = ()
-    """Linear maps to leave as they are, by name, such as "blocks.0.*"; `*` stands for anything."""
-
-
-class GroupSettings(Settings):
-    """The section `model.int4`."""
-
-    group_size: Annotated[int, Field(ge=2)] | None = None
-    """Weights of a row that share one scale. Left out: 32, or in a layer whose rows that does not divide, the largest
-    divisor below it, from 8 on; else the row."""
 
 
 class LinearScheme(QuantProvider):

@@ -80,12 +80,11 @@ def run_profile_list_command(args: Namespace) -> int:
 def run_profile_show_command(args: Namespace) -> int:
     """Print the profile `args.profile` with every key, as YAML."""
     from apt.cli.overrides import parse_overrides
-    from apt.core.discovery import choose, discover
-    from apt.core.profiles import check_sections, dump_yaml, resolve
+    from apt.core.profiles import dump_yaml, resolve
+    from apt.training.choice import choose_plugins
 
     profile = resolve(args.profile, parse_overrides(args.overrides))
-    plugins = discover(choose(profile=profile.config.plugins))
-    check_sections(profile.config, plugins.registry, profile.origins, plugins.absent)
+    choose_plugins(profile)  # for what it says
     print(dump_yaml(profile.config.model_dump(mode="json")), end="")
     return 0
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from apt.cli.overrides import parse_overrides
 from apt.core.errors import CheckpointError
-from apt.core.profiles import check_sections, find_profile, is_shipped, resolve
+from apt.core.profiles import find_profile, is_shipped, resolve
 
 SUFFIX = ".lock.json"
 
@@ -18,22 +19,25 @@ def lock_of(profile: str) -> Path:
     return Path(path.stem + SUFFIX) if is_shipped(path) else path.with_suffix(SUFFIX)
 
 
+def selection(args: Namespace) -> dict[str, Any]:
+    """The options that say which plugins may be used, and whether anything may stand in for one."""
+    return {name: getattr(args, name) for name in ("plugins", "no_plugin", "no_plugins", "strict")}
+
+
 def run_plugin_lock_command(args: Namespace) -> int:
     """Write the lock of `args.profile`."""
     profile = resolve(args.profile, parse_overrides(args.overrides))
-    config = profile.config
     path = Path(args.output) if args.output is not None else lock_of(args.profile)
 
     from apt.checkpoint.lock import write_lock
-    from apt.core.discovery import choose, discover
     from apt.core.hooks import TRAINING
+    from apt.training.choice import choose_plugins
+
+    plugins = choose_plugins(profile, **selection(args))
+
     from apt.training.plan import plan
 
-    chosen = choose(plugins=args.plugins, no_plugin=args.no_plugin, no_plugins=args.no_plugins, profile=config.plugins)
-    plugins = discover(chosen, strict=args.strict)
-    registry = plugins.registry_of_a_run()
-    check_sections(config, registry, profile.origins, plugins.absent)
-    in_use, model, builder = plan(config, registry, strict=args.strict)
+    in_use, model, builder = plan(profile.config, plugins.registry, strict=args.strict)
     slots = list(in_use.slots.values())
     used = plugins.used({slot.registration.plugin for slot in slots if slot.registration}, TRAINING)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.cli.lock_commands import lock_of
+from apt.cli.lock_commands import lock_of, selection
 from apt.cli.overrides import parse_overrides
 from apt.core.errors import AptWarning, UsageError
 from apt.core.profiles import resolve
@@ -43,9 +43,18 @@ def run_train_command(args: Namespace) -> int:
     if run is not None and args.profile is not None:
         _warn_of_differences(args.profile, run, overrides)
 
-    profile = resolve(source, overrides)  # what is wrong with it is said before torch is imported, which takes seconds
+    profile = resolve(source, overrides)
+    several = args.nproc is not None and args.nproc > 1
 
-    if args.nproc is not None and args.nproc > 1:
+    from apt.checkpoint.lock import read_lock
+    from apt.training.choice import choose_plugins
+
+    # What is wrong with the profile is said before torch is imported, which takes seconds.
+    with warnings.catch_warnings():
+        if several:
+            warnings.simplefilter("ignore")  # the processes will say it
+        plugins = choose_plugins(profile, read_lock(run.lock) if run is not None else None, **selection(args))
+    if several:
         return _train_in_processes(args.nproc, args.arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's transports remark on in each process
@@ -54,7 +63,8 @@ def run_train_command(args: Namespace) -> int:
 
     trainer = Trainer(
         profile,
-        **_selection(args),
+        plugins=plugins,
+        strict=args.strict,
         run_dir=Path(args.run_dir) if args.run_dir is not None else None,
         resume=run,
         frozen=_frozen(args, run),
@@ -170,7 +180,7 @@ def of_the_run(args: Namespace) -> dict[str, Any]:
     overrides = _overrides(args)
     return (
         {name: getattr(args, name) for name in names}
-        | _selection(args)
+        | selection(args)
         | ({"overrides": overrides} if overrides else {})
     )
 
@@ -186,10 +196,6 @@ def _overrides(args: Namespace) -> dict[str, Any]:
                 hint="a run cannot be trained otherwise afterwards; give such as --model.attention_name mha",
             )
     return overrides
-
-
-def _selection(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("plugins", "no_plugin", "no_plugins", "strict")}
 
 
 def _readable(value: float) -> str:

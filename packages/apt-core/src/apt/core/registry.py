@@ -71,6 +71,7 @@ class Registration:
     requires: tuple[str, ...] = ()
     version: str | None = None
     section: str = ""
+    config: type[Any] | str | None = None
     plugin: str = "script"
     distribution: str | None = None
     distribution_version: str | None = None
@@ -89,28 +90,47 @@ class Registration:
 
     def arguments(self) -> dict[str, Any]:
         """What `Registry.register` was called with."""
-        named = ("kind", "name", "target", "default", "excludes", "requires", "version", "section")
+        named = ("kind", "name", "target", "default", "excludes", "requires", "version", "section", "config")
         return {name: getattr(self, name) for name in named}
 
     def load(self) -> type[Any]:
         """The class, imported if need be.
 
         Raises:
-            ProviderError: the import fails or leads to something that is no class.
+            ProviderError: the import fails or leads to something that is no class, or to one whose `Config` is not what
+                was registered as such.
         """
-        if not isinstance(self.target, str):
-            return self.target
-        module_name, _, attribute = self.target.partition(":")
+        cls = self._class(self.target)
+        if self.config is not None and getattr(cls, "Config", None) is not self._class(self.config):
+            raise ProviderError(
+                f"{self.slot} of plugin {self.plugin!r}: the config registered for it is not the Config of its class",
+                hint=f"mend or upgrade {self.distribution or 'its package'}",
+            )
+        return cls
+
+    def load_config(self) -> type[Any] | None:
+        """What checks its section, a pydantic model; None if it has none. The class is imported only where no `config`
+        was registered.
+
+        Raises:
+            ProviderError: as `load`.
+        """
+        return getattr(self.load(), "Config", None) if self.config is None else self._class(self.config)
+
+    def _class(self, target: type[Any] | str) -> type[Any]:
+        if not isinstance(target, str):
+            return target
+        module_name, _, attribute = target.partition(":")
         try:
             found = operator.attrgetter(attribute)(importlib.import_module(module_name))
         except (Exception, SystemExit) as error:
             raise ProviderError(
-                f"{self.slot} of plugin {self.plugin!r} cannot be imported from {self.target!r}: "
+                f"{self.slot} of plugin {self.plugin!r} cannot be imported from {target!r}: "
                 f"{type(error).__name__}: {error}",
                 hint=f"mend or reinstall {self.distribution or 'its package'}",
             ) from error
         if not isinstance(found, type):
-            raise ProviderError(f"{self.slot} of plugin {self.plugin!r}: {self.target!r} is not a class")
+            raise ProviderError(f"{self.slot} of plugin {self.plugin!r}: {target!r} is not a class")
         return found
 
 
@@ -141,6 +161,7 @@ class Registry:
         version: str | None = None,
         *,
         section: str | None = None,
+        config: type[Any] | str | None = None,
     ) -> None:
         """Claim `kind`:`name` for a provider.
 
@@ -152,9 +173,12 @@ class Registry:
             requires: "kind:name" of providers that must be in use together with it.
             version: shown when listing; without it the distribution's version is.
             section: the name of its section in a profile; its own name if left out.
+            config: the class's `Config`, as a class or an import string. Where that lies in a module that does not
+                import torch, what is wrong with a section is said in a fraction of a second; without it the class is
+                imported for that. Since API 1.1.
 
         Raises:
-            ConfigError: an unknown kind, or a target that is neither a class nor an import string.
+            ConfigError: an unknown kind, or a target or config that is neither a class nor an import string.
         """
         self._ensure_loaded()
         if kind not in KINDS:
@@ -163,13 +187,16 @@ class Registry:
                 f"there is no provider kind {kind!r}",
                 hint=f"did you mean {near!r}?" if near else f"the kinds are {', '.join(KINDS)}",
             )
-        if not (isinstance(target, type) or (isinstance(target, str) and target.count(":") == 1)):
-            raise ConfigError(
-                f"{kind}:{name}: {target!r} is neither a class nor an import string 'package.module:Class'"
-            )
+        for given in (target, config):
+            importable = isinstance(given, str) and given.count(":") == 1
+            if not (importable or isinstance(given, type) or (given is None and given is config)):
+                raise ConfigError(
+                    f"{kind}:{name}: {given!r} is neither a class nor an import string 'package.module:Class'"
+                )
         claim = Registration(
-            kind, name, target, default, tuple(excludes), tuple(requires), version, section or name, **self._owner
-        )
+            kind, name, target, default, tuple(excludes), tuple(requires), version, section or name, config,
+            **self._owner,
+        )  # fmt: skip
         self._claim(claim)
         for key in [key for key in self._instances if key[:2] == (kind, name)]:
             del self._instances[key]

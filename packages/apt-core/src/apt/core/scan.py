@@ -141,11 +141,13 @@ def child(path: list[str], folder: str, seconds: float, plugins: list[tuple[str,
 def _make_portable(providers: list[dict[str, Any]]) -> bool:
     """Put import strings in the place of classes; whether that could be done for all of them."""
     for provider in providers:
-        target = provider["target"]
-        if isinstance(target, type):
-            provider["target"] = f"{target.__module__}:{target.__qualname__}"
+        for key in ("target", "config"):
+            cls = provider[key]
+            if not isinstance(cls, type):
+                continue
+            provider[key] = f"{cls.__module__}:{cls.__qualname__}"
             try:
-                if operator.attrgetter(target.__qualname__)(sys.modules[target.__module__]) is target:
+                if operator.attrgetter(cls.__qualname__)(sys.modules[cls.__module__]) is cls:
                     continue
             except (KeyError, AttributeError):
                 pass

@@ -106,14 +106,14 @@ def _readers(registry: Registry, parent: str) -> dict[str, list[Registration]]:
 
 
 def _models(claims: Iterable[Registration]) -> list[type[BaseModel] | None]:
-    """The providers' config models, None for a provider that has none. One whose class cannot be imported is left out:
+    """The providers' config models, None for a provider that has none. One that cannot be imported is left out:
     building it will say why."""
     from pydantic import BaseModel
 
     models: list[type[BaseModel] | None] = []
     for claim in claims:
         try:
-            model = getattr(claim.load(), "Config", None)
+            model = claim.load_config()
         except ProviderError:
             continue
         models.append(model if isinstance(model, type) and issubclass(model, BaseModel) else None)

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from apt.core.config import Section
 from apt.core.errors import AptWarning, DataError
 from apt.core.providers.dataset import Piece
 from apt.data.ahead import made_ahead
+from apt.data.config import PairsConfig
 from apt.data.loader import NO_TARGET, Batch, Indices, Share
 from apt.data.readers import Stat, checked, decoded_lines, jsonl_texts, read_with
 from apt.data.sources import FilesDataset
@@ -26,17 +26,6 @@ from apt.data.token_store import Tokens
 
 POOL = 32
 """Batches whose pairs are sorted by length together."""
-
-
-class PairsConfig(Section):
-    """Which files, and where source and target lie in them."""
-
-    train_path: str
-    """A .jsonl, .txt or .tsv file, or a folder of them, read with its subfolders in order of their names."""
-    source_field: str = "source"
-    """The field of .jsonl that holds the source."""
-    target_field: str = "target"
-    """The field of .jsonl that holds the target."""
 
 
 class PairsDataset(FilesDataset):

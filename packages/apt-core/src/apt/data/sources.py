@@ -11,19 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from apt.core.config import PositiveInt, Section
 from apt.core.errors import AptWarning, DataError, did_you_mean
 from apt.core.providers.dataset import DatasetProvider, Piece
+from apt.data.config import FilesConfig, StdlibConfig
 from apt.data.readers import READERS, READERS_VERSION, Stat, hash_file, read_file
-
-
-class FilesConfig(Section):
-    """Which files, and where the text lies in them."""
-
-    train_path: str
-    """A .txt, .jsonl or .parquet file, or a folder of them, read with its subfolders in order of their names."""
-    text_field: str = "text"
-    """The field or column of .jsonl and .parquet that holds the text."""
 
 
 class FilesDataset(DatasetProvider):
@@ -110,15 +101,6 @@ class FilesDataset(DatasetProvider):
             raise DataError(
                 f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
             ) from error
-
-
-class StdlibConfig(Section):
-    """How much of the standard library."""
-
-    max_bytes: PositiveInt | None = None
-    """At most so many bytes, in whole files; all files if left out."""
-    tests: bool = False
-    """Whether to read the standard library's tests as well."""
 
 
 class StdlibDataset(DatasetProvider):

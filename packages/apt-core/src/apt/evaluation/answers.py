@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from apt.builtin.voter import VotingConfig
+from apt.builtin.config import VotingConfig
 from apt.core.config import RunConfig
 from apt.core.errors import ConfigError, DataError
 from apt.core.files import read_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,10 @@ from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import pick_device
 from apt.core.discovery import choose, discover
-from apt.core.errors import CheckpointError, ProviderError
+from apt.core.errors import AptWarning, CheckpointError, ProviderError
 from apt.core.hooks import USE, Hooks
 from apt.core.in_use import ProvidersInUse
-from apt.core.profiles import resolve
+from apt.core.profiles import check_sections, resolve
 from apt.core.providers.tokenizer import Tokenizer
 from apt.core.runs import RunFolder
 from apt.data.prepare import load_saved_tokenizer
@@ -71,9 +72,11 @@ def load_run(
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged or holds no such state, or a provider that made it
             is not here.
+        ConfigError: `overrides` do not fit.
         ProviderNotFoundError: the scheme that its weights are kept in is not installed.
     """
-    config = resolve(run.profile, overrides).config
+    profile = resolve(run.profile, overrides)
+    config = profile.config
     lock, target = read_lock(run.lock), pick_device(device)
     selection = choose(
         plugins=plugins,
@@ -85,6 +88,10 @@ def load_run(
     found = discover(selection, strict=strict)
     registry = found.registry_of_a_run()
     registry.recorded = requirements_of(lock)
+    if overrides:  # what the run was made with was checked then
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AptWarning)  # it may hold sections that only training reads
+            check_sections(config, registry, profile.origins, found.absent)
     in_use = ProvidersInUse(registry, config.sections, strict=strict, layouts=recorded_layouts(lock))
     tokenizer = load_saved_tokenizer(config, in_use, run.tokenizer)
     # The weights drawn here are overwritten; whoever else draws from the global generator shall not notice.

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.checkpoint.lock import read_lock, recorded_layouts, recorded_plugins, requirements_of
+from apt.checkpoint.lock import read_lock, recorded_layouts
 from apt.core.config import RunConfig
 from apt.core.device import tune_cpu_memory, use_bf16
-from apt.core.discovery import Plugins, choose, discover
+from apt.core.discovery import Plugins
 from apt.core.errors import AptError, AptWarning, ConfigError, PeerLostError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger
 from apt.core.monitor import ResourceMonitor
-from apt.core.profiles import Profile, check_sections, resolve
+from apt.core.profiles import Profile, resolve
 from apt.core.providers import Provider
 from apt.core.runs import RunFolder
 from apt.core.schedules import Schedule
@@ -35,6 +35,7 @@ from apt.evaluation.evaluate import evaluate
 from apt.inference.generator import Generator
 from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
+from apt.training.choice import choose_plugins
 from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
@@ -55,7 +56,8 @@ class Trainer:
     Args:
         source: a profile's path or name, a plain dict, a `RunConfig`, or a profile that is resolved already.
         overrides: {"training.max_epochs": 5, ...}, dotted keys over the profile's own; not for one that is resolved.
-        plugins, no_plugin, no_plugins: which plugins may be used, as the command line's options of those names.
+        plugins, no_plugin, no_plugins: which plugins may be used, as the command line's options of those names; or what
+            `choose_plugins` found.
         strict: every fallback and every effect that fails is an error.
         run_dir: the run's folder; a new one under the profile's `output_dir` if left out.
         resume: the run to go on with; its last good checkpoint is loaded.
@@ -79,7 +81,7 @@ class Trainer:
         source: str | Path | Mapping[str, Any] | RunConfig | Profile,
         *,
         overrides: Mapping[str, Any] | None = None,
-        plugins: Iterable[str] | None = None,
+        plugins: Iterable[str] | Plugins | None = None,
         no_plugin: Iterable[str] = (),
         no_plugins: bool = False,
         strict: bool = False,
@@ -98,17 +100,12 @@ class Trainer:
         self.run = resume or (RunFolder(run_dir) if run_dir else None)
         self.resumed = resume is not None
         self.lock = read_lock(resume.lock) if resume else None
-        selection = choose(
-            plugins=plugins,
-            no_plugin=no_plugin,
-            no_plugins=no_plugins,
-            profile=self.config.plugins,
-            recorded=recorded_plugins(self.lock) if self.lock else None,
-        )
-        self.plugins: Plugins = discover(selection, strict=strict)
-        self.registry = self.plugins.registry_of_a_run()
-        self.registry.recorded = requirements_of(self.lock) if self.lock else {}
-        check_sections(self.config, self.registry, self.profile.origins, self.plugins.absent)
+        if not isinstance(plugins, Plugins):
+            plugins = choose_plugins(
+                self.profile, self.lock, plugins=plugins, no_plugin=no_plugin, no_plugins=no_plugins, strict=strict
+            )
+        self.plugins = plugins
+        self.registry = plugins.registry
         if frozen is not None:
             refuse_what_is_not_in(frozen, self)
         layouts = recorded_layouts(self.lock) if self.lock else None

@@ -7,33 +7,21 @@ and values, head h reads those of number h // (H / K).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.core.config import Section
 from apt.core.errors import ConfigError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
 from apt.modeling.layers.checks import check_heads, check_request
+from apt.modeling.layers.config import MHAConfig
 from apt.modeling.layers.counting import Part
 from apt.modeling.layers.kv_cache import PositionCache
 from apt.modeling.layers.masks import Limits, attend, build_mask
 from apt.modeling.layers.norm import rms_norm
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
-
-
-class MHAConfig(Section):
-    """The section `model.mha`."""
-
-    num_kv_heads: Annotated[int, Field(gt=0)] | None = None
-    """Heads K of keys and values, a divisor of the heads; as many as there are heads if left out."""
-    qk_norm: bool = False
-    """Whether queries and keys go through an RMS norm with gains, after the rotation."""
-    bias: bool = False
-    """Whether both projections have a bias."""
 
 
 class MHAAttentionLayer(Part):

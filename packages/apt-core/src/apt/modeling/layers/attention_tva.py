@@ -17,35 +17,21 @@ of queries and keys from Henry et al. (2020); step 2 is kin to the short convolu
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.core.config import Section
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, AttentionProvider
 from apt.modeling.layers.checks import check_heads, check_request
+from apt.modeling.layers.config import TVAConfig
 from apt.modeling.layers.counting import Part
 from apt.modeling.layers.masks import Mask, attend, build_mask, masked_softmax, padded
 from apt.modeling.layers.norm import EPS, rms_norm
 from apt.modeling.layers.rope import RotaryEmbedding, rotate
 from apt.modeling.layers.vein import TAPS, VeinCache, unbroken_steps
-
-
-class TVAConfig(Section):
-    """The section `model.tva`."""
-
-    r: Annotated[int, Field(gt=0)] = 4
-    """Compression: the vein has d_model / r dimensions, and the cache 2 r times fewer numbers than that of `mha`."""
-    s: Annotated[float, Field(ge=0)] = 1.0
-    """Strength of self-generation; 0 leaves it out."""
-    tau: Annotated[float, Field(gt=0)] = 0.18
-    """Temperature of self-generation: s / tau is the gain on its weights."""
-    qk_norm: bool = True
-    """Whether queries and keys go through an RMS norm with gains, after the rotation."""
 
 
 def slice_width(d_model: int, num_heads: int, r: int) -> int | None:

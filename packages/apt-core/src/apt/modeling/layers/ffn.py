@@ -8,16 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt.core.config import Section
 from apt.core.providers.ffn import FFNProvider
+from apt.modeling.layers.config import FFNConfig
 from apt.modeling.layers.counting import Part
-
-
-class FFNConfig(Section):
-    """The section of an FFN provider."""
-
-    bias: bool = False
-    """Whether the matrices have a bias."""
 
 
 class FeedForward(Part):
