@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoint import shards as shards_module
 from apt.checkpoint import store as store_module
 from apt.training.signals import BOUNCE_SECONDS
 
@@ -41,10 +42,13 @@ class FaultyFiles:
     fault: str = "kill"
     count: int = 0
     operations: list[str] = field(default_factory=list)
-    unsynced: set[str] = field(default_factory=set)
-    """Files that were written to and not synced since; read by the model of a power cut."""
+    rank: int = 0
+    """Of several processes, the one that it happens to; a power cut happens to all of them."""
     ledger: Path | None = None
-    """Where to leave `unsynced` for whoever looks at the dead."""
+    """Where to keep the list of the files that were written to and not synced since, for the model of a power cut."""
+    tally: Path | None = None
+    """Where to leave `count` at the end."""
+    _unsynced: set[str] = field(default_factory=set)
 
     def install(self) -> None:
         """From now on, for the rest of the process."""
@@ -54,7 +58,8 @@ class FaultyFiles:
         self._wrap(os, "open", lambda *args, **options: args[0], only=_writes)
         for name in ("fsync", "ftruncate"):
             self._wrap(os, name, lambda *args, **options: _path_of(args[0]))
-        self._wrap(store_module, "save_file", lambda *args, **options: args[1])
+        for module in (store_module, shards_module):
+            self._wrap(module, "save_file", lambda *args, **options: args[1])
         for module in (builtins, io):
             self._wrap_open(module)
 
@@ -83,24 +88,34 @@ class FaultyFiles:
         return False
 
     def die(self) -> None:
-        if self.ledger is not None:
-            descriptor = REAL["open"](self.ledger, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.write(descriptor, "\n".join(sorted(self.unsynced)).encode())
+        if self.fault == "power" and os.getpgid(0) != os.getpgid(os.getppid()):
+            os.killpg(0, signal.SIGKILL)  # all processes of this run, which are a group of their own
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _remember(self, name: str, where: str) -> None:
         if name in ("write", "save_file", "ftruncate"):
-            self.unsynced.add(where)
+            self._unsynced.add(where)
         elif name in ("fsync", "unlink", "remove"):
-            self.unsynced.discard(where)
+            self._unsynced.discard(where)
+        self._keep_ledger()
 
     def _moved(self, source: str, target: str) -> None:
         """What was not synced before it was renamed is not synced under its new name either."""
         source, target = os.path.realpath(source), os.path.realpath(target)
-        for path in list(self.unsynced):
+        for path in list(self._unsynced):
             if (path + os.sep).startswith(source + os.sep):
-                self.unsynced.discard(path)
-                self.unsynced.add(target + path[len(source) :])
+                self._unsynced.discard(path)
+                self._unsynced.add(target + path[len(source) :])
+        self._keep_ledger()
+
+    def _keep_ledger(self) -> None:
+        if self.ledger is None:
+            return
+        draft = f"{self.ledger}.draft"
+        descriptor = REAL["open"](draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.write(descriptor, "\n".join(sorted(self._unsynced)).encode())
+        os.close(descriptor)
+        REAL["replace"](draft, self.ledger)
 
     def _wrap(
         self, owner: Any, name: str, path_of: Callable[..., Any], only: Callable[..., bool] = lambda *args: True

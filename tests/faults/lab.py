@@ -3,21 +3,24 @@ a second; what their ends are compared by; and a row of the table."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
 import shutil
 import signal
+import socket
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from faulty_files import FaultyFiles
+from safetensors.torch import load_file
 
 from apt.checkpoint.store import CheckpointStore
 from apt.core.errors import AptError, AptWarning, CheckpointError
@@ -61,6 +64,7 @@ class Lab:
         accumulation: micro-batches of a step, which has the same rows for any number.
         pause: seconds that each step takes beside its own work.
         on_not_finite: what the profile says of numbers that are none.
+        processes: how many train together; several hold the model in shards.
     """
 
     folder: Path
@@ -72,6 +76,7 @@ class Lab:
     accumulation: int = 1
     pause: float = 0.0
     on_not_finite: str = "stop"
+    processes: int = 1
 
     def config(self) -> dict[str, Any]:
         text = self.folder / "text.txt"
@@ -88,26 +93,45 @@ class Lab:
                 "on_not_finite": self.on_not_finite,
             },
             "checkpoint": {"every": self.every, "keep_last": self.keep_last, "asynchronous": self.asynchronous},
-            "hardware": {"device": "cpu"},
+            "hardware": {"device": "cpu", "parallel": "fsdp" if self.processes > 1 else "ddp"},
         }  # fmt: skip
 
     def train(
         self, run: Path, until: int | None = None, faults: FaultyFiles | None = None, *hooks: object
     ) -> tuple[int, str]:
         """Begin or go on with a run, up to its end or to a step; returns the exit code (minus the signal that killed
-        it) and what was said in the end."""
+        it) and what was said in the end: of several processes, by the one that is to fail, or by one that ended
+        otherwise than it should."""
+        folder = RunFolder(run)
+        resume = folder if folder.holds_a_run() else None
+        port = free_port()
 
-        def work() -> None:
-            folder = RunFolder(run)
-            resume = folder if folder.holds_a_run() else None
+        def work(rank: int) -> None:
+            if self.processes > 1:
+                os.environ |= {
+                    "RANK": str(rank), "WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+                }  # fmt: skip
             trainer = Trainer(self.config(), quiet=True, run_dir=None if resume else run, resume=resume)
             for hook in (Progress(self.progress(run), until, self.pause), *hooks):
                 trainer.register_hook(hook)
-            if faults is not None:
-                faults.install()
+            here = of_process(faults, rank)
+            if here is not None:
+                here.install()
             trainer.train()
+            if here is not None and here.tally is not None:
+                here.tally.write_text(str(here.count))
 
-        return in_a_child(work, self.folder / "said.txt")
+        said = [self.folder / f"said-{rank}.txt" for rank in range(self.processes)]
+        children: list[int] = []
+        for rank, file in enumerate(said):
+            children.append(child := start(functools.partial(work, rank), file))
+            if self.processes > 1:
+                os.setpgid(child, children[0])
+        ends = [end(child, file) for child, file in zip(children, said, strict=True)]
+        victim = faults.rank if faults is not None and faults.nth else None
+        wrong = [one for rank, one in enumerate(ends) if rank != victim and one[0] not in (0, 2, KILLED)]
+        return wrong[0] if wrong else ends[victim] if victim is not None else max(ends, key=lambda one: abs(one[0]))
 
     def progress(self, run: Path) -> Path:
         """The file, outside the run's folder, that tells how many steps were done."""
@@ -154,6 +178,21 @@ class Progress:
             signal.raise_signal(signal.SIGTERM)
 
 
+def of_process(faults: FaultyFiles | None, rank: int) -> FaultyFiles | None:
+    """What is to happen to one of the processes of a run."""
+    if faults is None or rank == faults.rank:
+        return faults
+    if faults.ledger is None:
+        return None
+    return replace(faults, nth=0, ledger=Path(f"{faults.ledger}.{rank}"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def in_a_child(work: Callable[[], int | None], said: Path, shown: Path | str = os.devnull) -> tuple[int, str]:
     """Run `work` in a forked process: the exit code that it returns or the command line would give it, and the message
     of its end.
@@ -162,6 +201,11 @@ def in_a_child(work: Callable[[], int | None], said: Path, shown: Path | str = o
         said: a file to pass the message through.
         shown: where goes what the process prints.
     """
+    return end(start(work, said, shown), said)
+
+
+def start(work: Callable[[], int | None], said: Path, shown: Path | str = os.devnull) -> int:
+    """Begin what `in_a_child` does; returns the process's number."""
     said.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -182,6 +226,11 @@ def in_a_child(work: Callable[[], int | None], said: Path, shown: Path | str = o
                 said.write_text(traceback.format_exc())
         finally:
             os._exit(code)
+    return child
+
+
+def end(child: int, said: Path) -> tuple[int, str]:
+    """Wait for the end of what `start` has begun."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text() if said.exists() else ""
 
 
@@ -191,9 +240,13 @@ def end_of(run: Path) -> str:
     latest = store.latest()
     assert latest is not None
     store.load(latest)
-    folder = store.folder / f"step-{latest:08d}"
-    files = [(folder / name).read_bytes() for name in ("model.safetensors", "state.safetensors")]
-    return f"{latest}-{hashlib.sha256(b''.join(files)).hexdigest()}"
+    digest = hashlib.sha256()
+    for file in sorted((store.folder / f"step-{latest:08d}").glob("*.safetensors")):
+        # Not the bytes of the file: safetensors writes what is said of it in any order.
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(f"{file.name} {name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{latest}-{digest.hexdigest()}"
 
 
 def last_good(run: Path) -> int | None:

@@ -29,7 +29,7 @@ import fuzz
 import hostile
 import hostile_folders
 from faulty_files import FaultyFiles
-from lab import KILLED, Lab, Row, end_of, in_a_child, last_good, prepare_process
+from lab import KILLED, Lab, Row, end_of, last_good, prepare_process
 from machines import machines
 from plugin_faults import FAULTS, Bench, ages, healthy, plugin_row
 from resuming import PLACES, clock, consecutive, fewer, killed, not_finite, position
@@ -58,18 +58,24 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
     """Die at every file operation of a run that saves three times, with rotation; go on; end as if nothing had been."""
     way = "in the background" if lab.asynchronous else "in line"
     way += ", steps longer than a save" if lab.pause else ""
-    row = Row({"kill": "SIGKILL", "torn": "SIGKILL in mid-write", "power": "power cut"}[fault] + f", saving {way}")
+    way += ", in shards" if lab.processes > 1 else ""
+    what = {"kill": "SIGKILL", "torn": "SIGKILL in mid-write", "power": "power cut"}[fault]
+    if lab.processes > 1 and fault != "power":
+        what += f" of one of {lab.processes} processes"
+    row = Row(f"{what}, saving {way}")
     base, whole, watched, operations = rotation(lab)
-    for nth in points(operations, smoke):
+    for rank, nth in [(rank, nth) for rank, last in enumerate(operations) for nth in points(last, smoke)]:
         run = lab.copy(base, "victim")
-        ledger = lab.folder / "unsynced.txt"
-        ledger.unlink(missing_ok=True)
-        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault, ledger=ledger))
-        if code == 0 and nth > operations - 3:
+        for old in lab.folder.glob("unsynced*"):
+            old.unlink()
+        ledger = lab.folder / "unsynced" if fault == "power" else None
+        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault, rank=rank, ledger=ledger))
+        if code == 0 and nth > operations[rank] - 3:
             continue  # in the background the last operations may come in another order
         done = lab.steps_done(run)
         if fault == "power":
-            cut_power(ledger)
+            for unsynced in lab.folder.glob("unsynced*"):
+                cut_power(unsynced)
         good = last_good(run)
         problem = f"exit {code}, not killed: {said}" if code != KILLED else ""
         if good is None:
@@ -81,14 +87,14 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
         if lost > (2 if lab.asynchronous else 1) * lab.every:
             problem = problem or f"{lost} steps are lost"
         problem = problem or replace(lab, pause=0.0).finish(run, whole)
-        row.add(f"operation {nth}", problem, lost)
+        row.add(f"operation {nth}" + (f" of process {rank}" if lab.processes > 1 else ""), problem, lost)
         lab.remove(run)
     return row
 
 
-def rotation(lab: Lab) -> tuple[Path, str, Callable[[Path], Path], int]:
+def rotation(lab: Lab) -> tuple[Path, str, Callable[[Path], Path], list[int]]:
     """A run that has been stopped at half its way, the end it should come to, the folder whose operations are counted,
-    and how many there are from there to the end."""
+    and how many there are in each process from there to the end."""
     whole = lab.folder / "whole"
     base = lab.folder / "base"
     assert lab.train(whole)[0] == 0
@@ -98,25 +104,18 @@ def rotation(lab: Lab) -> tuple[Path, str, Callable[[Path], Path], int]:
         # In the background the order of a save's operations is fixed only among themselves.
         return RunFolder(run).checkpoints if lab.asynchronous else run
 
-    counted = lab.folder / "counted"
-    run = lab.copy(base, "counting")
-
-    def count() -> None:
-        from apt.training.trainer import Trainer
-
-        faults = FaultyFiles(watched(run))
-        faults.install()
-        Trainer(lab.config(), quiet=True, resume=RunFolder(run)).train()
-        counted.write_text(str(faults.count))
-
-    code, said = in_a_child(count, lab.folder / "said.txt")
-    assert code == 0, said
-    return base, end_of(whole), watched, int(counted.read_text())
+    operations = []
+    for rank in range(lab.processes):
+        run, counted = lab.copy(base, "counting"), lab.folder / "counted"
+        code, said = lab.train(run, faults=FaultyFiles(watched(run), rank=rank, tally=counted))
+        assert code == 0, said
+        operations.append(int(counted.read_text()))
+    return base, end_of(whole), watched, operations
 
 
 def cut_power(ledger: Path) -> None:
     """What was written and not synced is empty after the power has gone."""
-    for line in ledger.read_text().splitlines() if ledger.exists() else []:
+    for line in ledger.read_text().splitlines():
         path = Path(line)
         if path.is_file():
             path.write_bytes(b"")
@@ -151,7 +150,7 @@ def chain(lab: Lab, links: int) -> Row:
 def signals(lab: Lab, name: str) -> Row:
     """A signal comes in a save and in between: the run ends with its code, saved. A second one ends it at once."""
     row = Row(f"{name}, once and twice, saving {'in the background' if lab.asynchronous else 'in line'}")
-    base, whole, watched, operations = rotation(lab)
+    base, whole, watched, (operations,) = rotation(lab)
     number = getattr(signal, name)
     for nth in points(operations, smoke=True):
         for fault, expected in ((name, 128 + number), (f"{name} {name}", -number)):
@@ -178,7 +177,7 @@ def errors(lab: Lab, fault: str, smoke: bool) -> Row:
     """The disk fails at every file operation: the run says so or does without, what was saved stays, and once the disk
     works again the run goes on to the same end."""
     row = Row(f"{fault} at a file operation, saving {'in the background' if lab.asynchronous else 'in line'}")
-    base, whole, watched, operations = rotation(lab)
+    base, whole, watched, (operations,) = rotation(lab)
     for nth in points(operations, smoke):
         run = lab.copy(base, "victim")
         code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault))
@@ -336,6 +335,10 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         "kill": [*killing("kill"), lambda: kills(lab("slow", pause=0.2), "kill", smoke)],
         "torn": killing("torn"),
         "power": killing("power"),
+        "shards": [
+            lambda fault=fault: kills(lab(fault, processes=2), fault, smoke)  # type: ignore[misc]
+            for fault in (("power",) if smoke else ("power", "kill"))
+        ],
         "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
         "signals": [
             lambda name=name, way=way: signals(lab(name, asynchronous=way), name)  # type: ignore[misc]

@@ -44,7 +44,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 EXPERIMENTS = {
-    "kill torn power chain": 8,
+    "kill torn power chain shards": 9,
     "signals errors damage": 10,
     "disk": 2,
     "positions finite clock kept": 12,

@@ -31,6 +31,24 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_that_resumes(
     assert store(run).latest() == 12
 
 
+@pytest.mark.parametrize(("rank", "save", "asynchronous"), [(1, 1, True), (1, 2, False), (0, 2, True)])
+def test_a_process_that_is_killed_while_the_others_wait_for_its_shards_is_missed(
+    config: Config, tmp_path: Path, rank: int, save: int, asynchronous: bool
+) -> None:
+    """Also in the last save, after which nothing is computed together."""
+    config["checkpoint"] = {"asynchronous": asynchronous}
+    ends = workers.run(2, config, tmp_path / "results", ("DieInSave", (rank, save)))
+    assert ends[rank]["code"] == -workers.KILL
+    other = ends[1 - rank]
+    assert (other["error"], other["code"]) == ("PeerLostError", 2)
+    assert "another process of the run was killed, or is out of reach" in other["message"]
+    run = other["run"]
+    assert store(run).steps() == [6 * done for done in range(1, save)]
+    if save > 1:
+        alone(f"{run}/profile.yaml", resume=RunFolder(Path(run)))
+        assert store(run).latest() == 12
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_in_one_process_is_told_by_process_0_and_saved_by_all(
     config: Config, tmp_path: Path, rank: int

@@ -43,10 +43,22 @@ class BackgroundSaver:
                 checkpoint can keep.
         """
         self.wait()
-        if wait or not self._asynchronous or not self._finds_memory(checkpoint.nbytes):
+        if wait or not self.copies(checkpoint.nbytes):
             self._store.save(checkpoint)
-            return
-        snapshot = self._store.snapshot(checkpoint, copy=True)
+        else:
+            self.begin(checkpoint, copy=True)
+
+    def copies(self, nbytes: int) -> bool:
+        """Whether a checkpoint of so many bytes is to be copied, and written while training goes on."""
+        return self._asynchronous and self._finds_memory(nbytes)
+
+    def begin(self, checkpoint: Checkpoint, *, copy: bool) -> None:
+        """Begin to write a checkpoint, or a copy of it, in a thread; the save before has ended.
+
+        Raises:
+            CheckpointError: it is none that a checkpoint can keep.
+        """
+        snapshot = self._store.snapshot(checkpoint, copy=copy)
         # A daemon: a process that is told to leave at once does not wait for it.
         self._thread = Thread(target=self._write, args=(snapshot,), name="apt-checkpoint", daemon=True)
         self._thread.start()

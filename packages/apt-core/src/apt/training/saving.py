@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from apt.checkpoint.background import BackgroundSaver
-from apt.checkpoint.store import CheckpointStore
+from apt.checkpoint.store import Checkpoint, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError, NotFiniteError
 from apt.core.world import PATIENCE
 from apt.training.sharding import is_sharded
@@ -18,6 +19,8 @@ from apt.training.state import capture
 if TYPE_CHECKING:
     from apt.checkpoint.sharded import ShardedStore
     from apt.training.trainer import Trainer
+
+POLL_SECONDS = 0.01
 
 SLOWEST_STEP = 60.0
 """Seconds that a process which fails gives the others to notice it."""
@@ -56,7 +59,11 @@ class RunSaver:
                 raise guard.error(trainer, wrong)
             guard.roll_back(trainer, wrong)
             return
-        self._write(wait)
+        checkpoint = capture(trainer)
+        if self._sharded is not None:
+            self._write_shards(checkpoint, wait)
+        elif self._world.is_first:
+            self._saver.save(checkpoint, wait=wait)
         guard.saved()
         if wait:
             self._world.wait_for_all()
@@ -71,11 +78,13 @@ class RunSaver:
         Raises:
             CheckpointError: it could not be saved.
         """
+        self._await_shards()
         self._saver.wait()
         self._world.wait_for_all()
 
     def last(self) -> int | None:
         """The step of the newest checkpoint, if there is one; the save that is on its way is waited for."""
+        self._await_shards()
         self._finish()
         self._world.wait_for_all()
         return self.store.latest()
@@ -105,16 +114,33 @@ class RunSaver:
         if rng is not None:
             torch.set_rng_state(rng)
         try:
-            self._write(wait=True)
+            self._saver.save(capture(self._trainer), wait=True)
         except Exception as failed:
             self._trainer.logger.error("it could not be saved either: %s", failed)
             return False
         return True
 
-    def _write(self, wait: bool) -> None:
-        checkpoint = capture(self._trainer)
-        if self._world.is_first or self._sharded:
-            self._saver.save(checkpoint, wait=wait)
+    def _write_shards(self, checkpoint: Checkpoint, wait: bool) -> None:
+        """Save together with the other processes: in a thread, whoever waits for it, so that one that is killed in the
+        meantime is missed."""
+        self._await_shards()
+        self._saver.wait()
+        waits = wait or not self._saver.copies(checkpoint.nbytes)
+        waits = bool(self._world.maximum([int(waits)])[0])
+        self._saver.begin(checkpoint, copy=not waits)
+        if waits:
+            self._await_shards()
+            self._saver.wait()
+
+    def _await_shards(self) -> None:
+        """Return once no process is writing its shards. They ask each other: a process that waited for its own thread
+        alone would wait for ever for one that was killed.
+
+        Raises:
+            PeerLostError: a process is gone.
+        """
+        while self._sharded is not None and self._world.maximum([int(self._saver.is_busy)])[0]:
+            time.sleep(POLL_SECONDS)
 
     def _all_stand(self, store: ShardedStore, step: int | None, killed: bool) -> bool:
         """Whether every process has its shard, and all of the same step."""
