@@ -78,6 +78,12 @@ class Lab:
     on_not_finite: str = "stop"
     processes: int = 1
 
+    @property
+    def way(self) -> str:
+        """How checkpoints are written, in words."""
+        way = f"saving {'in the background' if self.asynchronous else 'in line'}"
+        return way + (", in shards" if self.processes > 1 else "")
+
     def config(self) -> dict[str, Any]:
         text = self.folder / "text.txt"
         if not text.exists():

@@ -41,6 +41,7 @@ from apt.core.runs import RunFolder
 SMOKE_POINTS = 5
 PAGE = 4096
 NEEDED = "bytes are needed"
+SHARDS = ("model-00000-of-00002.safetensors", "state-00001-of-00002.safetensors")
 
 
 def points(last: int, smoke: bool) -> Iterator[int]:
@@ -51,20 +52,24 @@ def points(last: int, smoke: bool) -> Iterator[int]:
     yield from sorted({1 + round(i * (last - 1) / (SMOKE_POINTS - 1)) for i in range(SMOKE_POINTS)})
 
 
+def places(operations: list[int], smoke: bool) -> Iterator[tuple[int, int, str]]:
+    """The operations of every process to fail at: the process, the number, and both in words."""
+    for rank, last in enumerate(operations):
+        for nth in points(last, smoke):
+            yield rank, nth, f"operation {nth}" + (f" of process {rank}" if len(operations) > 1 else "")
+
+
 # Dying
 
 
 def kills(lab: Lab, fault: str, smoke: bool) -> Row:
     """Die at every file operation of a run that saves three times, with rotation; go on; end as if nothing had been."""
-    way = "in the background" if lab.asynchronous else "in line"
-    way += ", steps longer than a save" if lab.pause else ""
-    way += ", in shards" if lab.processes > 1 else ""
     what = {"kill": "SIGKILL", "torn": "SIGKILL in mid-write", "power": "power cut"}[fault]
     if lab.processes > 1 and fault != "power":
         what += f" of one of {lab.processes} processes"
-    row = Row(f"{what}, saving {way}")
+    row = Row(f"{what}, {lab.way}" + (", steps longer than a save" if lab.pause else ""))
     base, whole, watched, operations = rotation(lab)
-    for rank, nth in [(rank, nth) for rank, last in enumerate(operations) for nth in points(last, smoke)]:
+    for rank, nth, place in places(operations, smoke):
         run = lab.copy(base, "victim")
         for old in lab.folder.glob("unsynced*"):
             old.unlink()
@@ -87,7 +92,7 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
         if lost > (2 if lab.asynchronous else 1) * lab.every:
             problem = problem or f"{lost} steps are lost"
         problem = problem or replace(lab, pause=0.0).finish(run, whole)
-        row.add(f"operation {nth}" + (f" of process {rank}" if lab.processes > 1 else ""), problem, lost)
+        row.add(place, problem, lost)
         lab.remove(run)
     return row
 
@@ -149,7 +154,7 @@ def chain(lab: Lab, links: int) -> Row:
 
 def signals(lab: Lab, name: str) -> Row:
     """A signal comes in a save and in between: the run ends with its code, saved. A second one ends it at once."""
-    row = Row(f"{name}, once and twice, saving {'in the background' if lab.asynchronous else 'in line'}")
+    row = Row(f"{name}, once and twice, {lab.way}")
     base, whole, watched, (operations,) = rotation(lab)
     number = getattr(signal, name)
     for nth in points(operations, smoke=True):
@@ -176,11 +181,11 @@ def signals(lab: Lab, name: str) -> Row:
 def errors(lab: Lab, fault: str, smoke: bool) -> Row:
     """The disk fails at every file operation: the run says so or does without, what was saved stays, and once the disk
     works again the run goes on to the same end."""
-    row = Row(f"{fault} at a file operation, saving {'in the background' if lab.asynchronous else 'in line'}")
-    base, whole, watched, (operations,) = rotation(lab)
-    for nth in points(operations, smoke):
+    row = Row(f"{fault} at a file operation, {lab.way}")
+    base, whole, watched, operations = rotation(lab)
+    for rank, nth, place in places(operations, smoke):
         run = lab.copy(base, "victim")
-        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault))
+        code, said = lab.train(run, faults=FaultyFiles(watched(run), nth, fault, rank=rank))
         problem = ""
         if code not in (0, 2):
             problem = f"exit {code}: {said}"
@@ -193,14 +198,14 @@ def errors(lab: Lab, fault: str, smoke: bool) -> Row:
             problem = problem or "no checkpoint is left"
         lost = lab.steps_done(run) - (good or 0)
         problem = problem or lab.finish(run, whole)
-        row.add(f"operation {nth}", problem, lost)
+        row.add(place, problem, lost)
         lab.remove(run)
     return row
 
 
 def small_disk(lab: Lab, smoke: bool) -> Row:
     """A file system of its own fills up, a page earlier from time to time, while a run saves on it."""
-    row = Row(f"a tmpfs runs full, saving {'in the background' if lab.asynchronous else 'in line'}")
+    row = Row(f"a tmpfs runs full, {lab.way}")
     whole, base, disk = lab.folder / "whole", lab.folder / "base", lab.folder / "disk"
     assert lab.train(whole)[0] == 0
     assert lab.train(base, until=lab.steps // 2)[0] == 143
@@ -338,7 +343,8 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
         "shards": [
             lambda fault=fault: kills(lab(fault, processes=2), fault, smoke)  # type: ignore[misc]
             for fault in (("power",) if smoke else ("power", "kill"))
-        ],
+        ]
+        + ([] if smoke else [lambda: errors(lab("full", processes=2), "ENOSPC", smoke)]),
         "chain": [lambda: chain(lab("chain", every=1, steps=6 * links), links)],
         "signals": [
             lambda name=name, way=way: signals(lab(name, asynchronous=way), name)  # type: ignore[misc]
@@ -382,7 +388,10 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             for name in fuzz.PARSERS
             if fuzz.can_be_read(name)
         ],
-        "damage": [lambda name=name: damage(lab("damage"), name, smoke) for name in files],  # type: ignore[misc]
+        "damage": [
+            lambda name=name: damage(lab("damage", processes=1 + (name in SHARDS)), name, smoke)  # type: ignore[misc]
+            for name in (*files, *(() if smoke else SHARDS))
+        ],
     }
 
 

@@ -308,6 +308,19 @@ class FullDisk:
         return self.write(*arguments)
 
 
+class NoMemory:
+    """Leaves no memory for a copy in one of the processes, (rank)."""
+
+    def __init__(self, argument: int, said: dict[str, Any]) -> None:
+        self.rank = argument
+
+    def on_training_start(self) -> None:
+        from apt.checkpoint import background
+
+        if _rank() == self.rank:
+            background.free_memory = lambda: 10
+
+
 class DieInSave:
     """Kills one of the processes while it writes its shards: (rank, which save, from 1)."""
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import distributed_workers as workers
 import pytest
-from distributed_workers import Config, alone, plain_config, records, store
+import torch
+from distributed_workers import Config, alone, plain_config, records, store, weights
 
 from apt.core.runs import RunFolder
 
@@ -72,6 +73,16 @@ def test_a_disk_that_is_full_for_one_process_fails_the_save_for_all(config: Conf
     run = Path(failed[0]["run"])
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     alone(f"{run}/profile.yaml", resume=RunFolder(run))
+
+
+def test_without_memory_for_a_copy_in_one_process_all_wait(config: Config, tmp_path: Path) -> None:
+    config["checkpoint"] = {"every": 3}
+    one = workers.run(2, config, tmp_path / "one")
+    several = workers.run(2, config, tmp_path / "several", ("NoMemory", 1))
+    assert [process["error"] for process in several] == [None, None], several
+    assert [any("no memory for a copy" in text for text in process["warnings"]) for process in several] == [False, True]
+    for name, weight in weights(one[0]["run"]).items():
+        assert torch.equal(weights(several[0]["run"])[name], weight), name
 
 
 def test_hooks_that_fail_in_one_process_are_switched_off_in_all(config: Config, tmp_path: Path) -> None:
