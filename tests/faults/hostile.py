@@ -19,8 +19,6 @@ from typing import Any
 
 from lab import Lab, end_of
 
-from apt.data.loader import Batch, TokenLoader
-
 Result = tuple[str, str]
 """(case, what went wrong; "" if nothing)."""
 
@@ -327,14 +325,8 @@ class Meanwhile:
 
     do: Callable[[], object]
 
-    def install(self) -> None:
-        deal_out = TokenLoader.epoch
-
-        def epoch(*args: Any, **more: Any) -> Iterator[Batch]:
-            self.do()
-            return deal_out(*args, **more)
-
-        TokenLoader.epoch = epoch  # type: ignore[method-assign]
+    def on_epoch_start(self) -> None:
+        self.do()
 
 
 class OwnText(Lab):
@@ -360,7 +352,7 @@ def text_that_changes(folder: Path) -> tuple[str, list[Result]]:
 
     def ends(what: str, do: Callable[[], object]) -> Iterator[Result]:
         run = lab.folder / what
-        code, said = lab.train(run, until=lab.steps // 2, faults=Meanwhile(do))  # type: ignore[arg-type]
+        code, said = lab.train(run, lab.steps // 2, None, Meanwhile(do))
         yield f"{what} in mid-run", "" if code == 143 else f"exit {code}: {said}"
         code, said = lab.train(run)
         if what == "deleted":

@@ -85,7 +85,7 @@ def kills(lab: Lab, fault: str, smoke: bool) -> Row:
         problem = f"exit {code}, not killed: {said}" if code != KILLED else ""
         if good is None:
             problem = problem or "no checkpoint is left"
-        begun = max(int(path.name[5:13]) for path in RunFolder(run).checkpoints.glob("step-*"))
+        begun = max((int(path.name[5:13]) for path in RunFolder(run).checkpoints.glob("step-*")), default=0)
         if begun - (good or 0) > lab.every:
             problem = problem or f"the checkpoint of step {begun} was being written, and the last good one is of {good}"
         lost = done - (good or 0)

@@ -143,5 +143,5 @@ def test_eval_needs_questions_for_a_voter_and_a_section_that_fits(config: Config
     with pytest.raises(UsageError, match="this run has none"):
         evaluate_run(run, voter="entropy")
     assert evaluate_run(run, overrides={"data.answers_path": path})["answers"] == 10
-    with pytest.raises(ConfigError, match=r"model\.voting does not fit: pattern"):
+    with pytest.raises(ConfigError, match=r"--model\.voting\.pattern: no regular expression"):
         evaluate_run(run, overrides={"data.answers_path": path, "model.voting.pattern": "("})
