@@ -25,7 +25,7 @@ from bare import Alternate
 from torch.nn.parallel import DistributedDataParallel
 
 from apt.api import Trainer
-from apt.core.world import own_part
+from apt.core.world import leave, own_part
 
 STEPS = 4
 """Of a stretch."""
@@ -104,6 +104,7 @@ def work(folder: Path, parallel: str, width: int, stretches: int) -> None:
     trainer.train()
     speed = statistics.median(bare / ours for ours, bare in measure.results())
     (folder / f"{rank}.json").write_text(json.dumps({"held": measure.held, "speed": speed}))
+    leave(0)
 
 
 def free_port() -> int:

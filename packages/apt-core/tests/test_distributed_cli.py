@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fixture_types import RunApt
+from fixture_types import MakeDistribution, RunApt
 
 from apt.core.config import TrainingConfig
 from apt.core.errors import ConfigError, DeviceError, PeerLostError, TrainingError
@@ -42,11 +42,52 @@ plugins: []
     return path
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, "-m", "apt", "train", *arguments]
     return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+FAREWELL = """
+import atexit, os, threading, time
+import torch
+from apt.hookspecs import hookimpl
+
+API_VERSION = (1, 0)
+
+def compute():
+    a = torch.randn(100)
+    while True:
+        a + a
+
+def note(what):
+    open(os.environ["NOTES"] + what + os.environ["RANK"], "w").close()
+
+def finish():
+    time.sleep(0.5)
+    note("thread")
+
+@hookimpl
+def on_training_end(trainer):
+    atexit.register(note, "atexit")
+    threading.Thread(target=compute, daemon=True).start()
+    threading.Thread(target=finish).start()
+"""
+
+
+def test_no_thread_of_torchs_can_spoil_the_end(
+    profile: Path, tmp_path: Path, make_distribution: MakeDistribution
+) -> None:
+    """One that computes while the interpreter is taken down aborts the process (pytorch/pytorch#38228)."""
+    make_distribution("apt-farewell", plugins={"farewell": "farewell"}, modules={"farewell": FAREWELL})
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    short = ("--training.max_steps", "2", "--plugins", "farewell")
+    running = start("-p", str(profile), "--nproc", "2", *short, NOTES=f"{notes}/")
+    out, err = running.communicate(timeout=SECONDS)
+    assert (running.returncode, err) == (0, ""), out
+    assert sorted(note.name for note in notes.iterdir()) == ["atexit0", "atexit1", "thread0", "thread1"]
 
 
 def test_a_run_of_two_processes_speaks_once_and_a_signal_to_the_launcher_ends_it_saved(

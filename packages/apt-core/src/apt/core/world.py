@@ -6,16 +6,18 @@ MASTER_ADDR; without them a run is a single process, for which everything here d
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from apt.core.errors import AptError, ConfigError, PeerLostError
 
@@ -327,6 +329,23 @@ class World:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, one of several, with an exit code.
+
+    What is registered with `atexit` is called, and threads that are no daemons are waited for; the interpreter is not
+    taken down. A thread of gloo's that lets go of a tensor while that happens aborts the process, at the end of a run
+    that went well (pytorch/pytorch#190489).
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _sockets() -> set[int]:
