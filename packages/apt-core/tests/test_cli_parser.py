@@ -95,6 +95,7 @@ def test_values_are_yaml() -> None:
         ("train --epoch 3", "there is no option --epoch", "--epochs"),
         ("eval --epochs=3", "there is no option --epochs", None),
         ("train --learning-rate 1", "there is no option --learning-rate", "--training.learning_rate"),
+        ("train --lr 1", "there is no option --lr", "--training.learning_rate"),
         ("train --output-dir x", "there is no option --output-dir", "--output_dir"),
         ("train --zzz 1", "there is no option --zzz", None),
         ("profile list --model.d_model 8", "there is no option --model.d_model", None),

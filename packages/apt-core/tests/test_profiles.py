@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt.core.catalogue import WORDS_OF_OTHERS
 from apt.core.config import RunConfig
 from apt.core.errors import ConfigError
 from apt.core.profiles import (
@@ -370,7 +371,10 @@ def test_what_is_kept_of_a_run_resolves_to_the_same(tmp_path: Path) -> None:
         ("moe: {enabled: true}\n", ["1: moe: unknown key; did you mean 'model.moe'?"]),
         ("training:\n  d_model: 3\n", ["2: training.d_model: unknown key; did you mean 'model.d_model'?"]),
         ("model:\n  plugins: []\n", ["2: model.plugins: unknown key; did you mean 'plugins' at the top level?"]),
-        ("model:\n  zzz: 3\n", ["2: model.zzz: unknown key; only a plugin's section may be added, a mapping"]),
+        ("model:\n  zzz: 3\n", ["2: model.zzz: unknown key; 'apt profile schema' lists the keys"]),
+        ("training:\n  lr: 3\n", ["2: training.lr: unknown key; did you mean 'training.learning_rate'?"]),
+        ("training:\n  block_size: 3\n", ["2: training.block_size: unknown key; did you mean 'model.max_seq_len'?"]),
+        ("hardware:\n  zzz: 3\n", ["2: hardware.zzz: unknown key; 'apt profile schema' lists the keys"]),
         ("model:\n  moe: true\n", ["2: model.moe: expected a mapping, got true"]),
         ("checkpoint:\n  evry: 3\n", ["2: checkpoint.evry: unknown key; did you mean 'every'?"]),
         (
@@ -431,6 +435,14 @@ def test_problems_name_line_key_and_fix(write: Write, text: str, lines: list[str
     assert refusal(write(text)) == [f"tiny.yaml:{line}" for line in lines]
 
 
+def test_the_words_of_other_trainers_lead_to_keys_that_there_are() -> None:
+    for word, name in WORDS_OF_OTHERS.items():
+        section, key = name.split(".")
+        fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        assert key in fields, f"{word} leads to {name}, which is no key"
+        assert word not in fields, f"{word} is a key itself"
+
+
 def test_all_problems_at_once_in_the_order_of_the_file(write: Write) -> None:
     text = (
         "training:\n  batch_size: x\n  d_model: 3\nmodel:\n  zzz: 1\n  d_modle: 3\nscheduels: {}\nschedules: {a: b}\n"
@@ -439,7 +451,11 @@ def test_all_problems_at_once_in_the_order_of_the_file(write: Write) -> None:
         "training.batch_size", "training.d_model", "model.zzz", "model.d_modle", "scheduels", "schedules.a",
     ]  # fmt: skip
     lines = refusal(write("".join(f"k{n}: 1\n" for n in range(14))))
-    assert (len(lines), lines[9], lines[10]) == (11, "tiny.yaml:10: k9: unknown key", "and 4 more")
+    assert (len(lines), lines[9], lines[10]) == (
+        11,
+        "tiny.yaml:10: k9: unknown key; 'apt profile schema' lists the keys",
+        "and 4 more",
+    )
 
 
 def test_a_single_problem_has_its_hint_apart(write: Write) -> None:

@@ -125,7 +125,10 @@ def check(text: str, registry: Registry, folder: Path) -> list[str]:
         ("data:\n  files: {train_path: x}\n", ["tiny.yaml:2: data.files.port: is missing; add it"]),
         ("model:\n  rag: {index: 3}\n", []),
         ("model:\n  rag: {experts: 2}\n", []),
-        ("model:\n  rag: {indxe: 2}\n", ["tiny.yaml:2: model.rag.indxe: unknown key"]),
+        (
+            "model:\n  rag: {indxe: 2}\n",
+            ["tiny.yaml:2: model.rag.indxe: unknown key; 'apt profile schema' lists the keys"],
+        ),
         ("model:\n  free: {anything: [1]}\n", []),
         ("model:\n  broken: {anything: 1}\n", []),
         (

@@ -13,7 +13,7 @@ from warnings import catch_warnings, simplefilter
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
 from apt.cli.values import checkpoint, number, whole_number
-from apt.core.catalogue import KINDS, how_to_have
+from apt.core.catalogue import KINDS, WORDS_OF_OTHERS, how_to_have
 from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
@@ -415,9 +415,9 @@ def _keys_of_the_profile() -> dict[str, str]:
     from apt.core.config import RunConfig
 
     fields = {top: getattr(field.annotation, "model_fields", {}) for top, field in RunConfig.model_fields.items()}
-    keys = {key: f"--{top}.{key}" for top, inner in fields.items() for key in inner} | {
-        top: f"--{top}.KEY" if inner else f"--{top}" for top, inner in fields.items()
-    }
+    keys = {word: f"--{name}" for word, name in WORDS_OF_OTHERS.items()}
+    keys |= {key: f"--{top}.{key}" for top, inner in fields.items() for key in inner}
+    keys |= {top: f"--{top}.KEY" if inner else f"--{top}" for top, inner in fields.items()}
     return {"--" + key.replace("_", "-"): place for key, place in keys.items()}
 
 

@@ -72,6 +72,42 @@ ON_THE_COMMAND_LINE: dict[str, str] = {
 }
 """Command or option -> the package whose plugin adds it."""
 
+WORDS_OF_OTHERS: dict[str, str] = {
+    "n_embd": "model.d_model",
+    "hidden_size": "model.d_model",
+    "intermediate_size": "model.d_ff",
+    "n_layer": "model.num_layers",
+    "num_hidden_layers": "model.num_layers",
+    "n_head": "model.num_heads",
+    "num_attention_heads": "model.num_heads",
+    "block_size": "model.max_seq_len",
+    "context_length": "model.max_seq_len",
+    "max_position_embeddings": "model.max_seq_len",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "lr": "training.learning_rate",
+    "min_lr": "training.min_learning_rate",
+    "lr_scheduler_type": "training.lr_schedule",
+    "num_train_epochs": "training.max_epochs",
+    "max_iters": "training.max_steps",
+    "micro_batch_size": "training.batch_size",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "accumulate_grad_batches": "training.gradient_accumulation",
+    "grad_clip": "training.gradient_clip",
+    "max_grad_norm": "training.gradient_clip",
+    "gradient_clip_val": "training.gradient_clip",
+    "precision": "training.mixed_precision",
+    "bf16": "training.mixed_precision",
+    "torch_compile": "training.compile",
+    "logging_steps": "training.log_every",
+    "eval_steps": "training.eval_every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "strategy": "hardware.parallel",
+}
+"""What HF Trainer, Lightning, litgpt and nanoGPT call a key of a profile -> our name of it, to say to those who come
+from there."""
+
 
 def package_of_provider(kind: str, name: str) -> str | None:
     """The requirement to install for a first-party provider, or None if core does not know it."""

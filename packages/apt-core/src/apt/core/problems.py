@@ -120,7 +120,7 @@ def _not_finite(value: Any) -> str:
 
 def unknown_key(
     key: str, properties: Iterable[str], elsewhere: Mapping[str, list[str]] | None = None
-) -> tuple[str, str | None]:
+) -> tuple[str, str]:
     """Message and hint for a key that is not among `properties`."""
     elsewhere = elsewhere or {}
     near = None if key in elsewhere else did_you_mean(key, properties, cutoff=HINT)
@@ -130,7 +130,7 @@ def unknown_key(
     if near:
         names = [repr(name) if "." in name else f"{name!r} at the top level" for name in elsewhere[near]]
         return "unknown key", f"did you mean {' or '.join(names)}?"
-    return "unknown key", None
+    return "unknown key", "'apt profile schema' lists the keys"
 
 
 def show(value: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
-from apt.core.catalogue import SECTIONS
+from apt.core.catalogue import SECTIONS, WORDS_OF_OTHERS
 from apt.core.errors import ConfigError, did_you_mean
 from apt.core.problems import (
     COMMAND_LINE,
@@ -302,7 +302,7 @@ def _fields() -> dict[str, list[str]]:
 
 
 def _names() -> dict[str, list[str]]:
-    """{key: its dotted names} of every key of a profile that core knows."""
+    """{key: its dotted names} of every key of a profile that core knows, under the words of other trainers too."""
     names: dict[str, list[str]] = {}
     for top, keys in _fields().items():
         names.setdefault(top, []).append(top)
@@ -310,7 +310,7 @@ def _names() -> dict[str, list[str]]:
             names.setdefault(key, []).append(f"{top}.{key}")
     for section in SECTIONS:
         names.setdefault(section, []).append(f"model.{section}")
-    return names
+    return {word: [name] for word, name in WORDS_OF_OTHERS.items()} | names
 
 
 def _plain(value: Any) -> Any:
