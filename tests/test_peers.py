@@ -182,4 +182,4 @@ def test_apt_survives_what_is_tried_on_all_three(tmp_path: Path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert not any(row["wrong"] for row in rows), rows
     counted = [(row["good"], row["of"]) for row in rows if "at a file operation" in row["experiment"]]
-    assert len(counted) == 4 and all(1 <= good == of for good, of in counted), rows
+    assert len(counted) == 6 and all(1 <= good == of for good, of in counted), rows

@@ -32,6 +32,7 @@ SECONDS = 60.0
 """What a training, which takes about one, may take."""
 TOMORROW = 86_400.0
 FLIPS = 100
+LOST = "steps lost at most, of these"
 
 
 @dataclass
@@ -225,26 +226,32 @@ def dying(lab: Lab, most: int) -> Iterator[Row]:
     """Killed, or without power, or with a full disk, at each operation of three saves with rotation; then resumed."""
     end = lab.begin(Order()).watch.end
     half = lab.half()
-    for fault, temporary in (
-        ("SIGKILL", None),
-        ("SIGKILL, temporary files on another disk,", another_disk(lab.folder)),
-        ("power cut", None),
-        ("full disk", None),
+    for fault, offer, temporary in (
+        ("SIGKILL", "", None),
+        ("SIGKILL, temporary files on another disk,", "", another_disk(lab.folder)),
+        ("SIGKILL", "saving in line", None),
+        ("power cut", "", None),
+        ("power cut", "saving in line", None),
+        ("full disk", "", None),
     ):
-        alone, exact, lost = Row(f"{fault} at a file operation: resumed"), Row("of these bit for bit"), 0
-        by_hand = Row("of the others resumed by hand")
+        name = f"{fault}, {offer}," if offer else fault
+        alone, exact, lost = Row(f"{name} at a file operation: resumed"), Row("of these bit for bit"), 0
+        by_hand, order = Row("of the others resumed by hand"), Order(offer=offer)
+        if offer and offer not in lab.peer.offers:
+            yield from (alone, exact, Row(LOST), by_hand)
+            continue
         with lab.temporary_files_in(temporary):
             lab.restore(half)
-            operations = len(lab.train().operations)
+            operations = len(lab.train(order).operations)
             for nth in points(operations, most):
                 lab.restore(half)
-                outcome = lab.train(nth=nth, fault="ENOSPC" if fault == "full disk" else "kill")
+                outcome = lab.train(order, nth, "ENOSPC" if fault == "full disk" else "kill")
                 if fault != "full disk" and outcome.code != -signal.SIGKILL:
                     continue  # a thread saves, and the run made a few operations fewer this time
                 if fault == "power cut":
                     outcome.cut_power()
                 broken = lab.keep("broken")
-                problem, watch = lab.finish()
+                problem, watch = lab.finish(order)
                 alone.add(problem)
                 if problem:
                     lab.restore(broken)
@@ -252,7 +259,7 @@ def dying(lab: Lab, most: int) -> Iterator[Row]:
                 else:
                     exact.add("" if watch.end == end else "the end is another one")
                     lost = max(lost, outcome.watch.done - watch.first)
-        yield from (alone, exact, Row("steps lost at most, of these", said=str(lost)), by_hand)
+        yield from (alone, exact, Row(LOST, said=str(lost)), by_hand)
 
 
 def another_disk(folder: Path) -> Path:

@@ -57,7 +57,8 @@ class Peer(Protocol):
 
     name: str
     offers: frozenset[str]
-    """Of "saving at a signal", "an early stop" and "checks for debugging": what its documentation has besides."""
+    """Of "saving at a signal", "an early stop", "checks for debugging" and "saving in line", where that is not how it
+    comes: what its documentation has besides."""
 
     def versions(self) -> dict[str, str]: ...
 

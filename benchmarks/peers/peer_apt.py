@@ -20,7 +20,7 @@ from apt.checkpoint.store import CheckpointStore
 
 class Apt:
     name = "APT"
-    offers: frozenset[str] = frozenset()
+    offers = frozenset({"saving in line"})
 
     def versions(self) -> dict[str, str]:
         return {"apt-core": __version__, "torch": torch.__version__}
@@ -63,7 +63,11 @@ def config(run: Path, order: Order) -> dict[str, Any]:
             "learning_rate": peer.LEARNING_RATE,
             "log_every": 2,
         },
-        "checkpoint": {"every": order.every, "keep_last": peer.KEEP},
+        "checkpoint": {
+            "every": order.every,
+            "keep_last": peer.KEEP,
+            "asynchronous": order.offer != "saving in line",
+        },
         "hardware": {"device": "cpu"},
     }
 
