@@ -51,10 +51,12 @@ def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
 
 FAREWELL = """
 import atexit, os, threading, time
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from apt.hookspecs import hookimpl
 
 API_VERSION = (1, 0)
+pool = ThreadPoolExecutor()
 
 def compute():
     a = torch.randn(100)
@@ -73,6 +75,7 @@ def on_training_end(trainer):
     atexit.register(note, "atexit")
     threading.Thread(target=compute, daemon=True).start()
     threading.Thread(target=finish).start()
+    pool.submit(note, "pool")  # a pool is closed by what Python calls before it waits for threads
 """
 
 
@@ -87,7 +90,9 @@ def test_no_thread_of_torchs_can_spoil_the_end(
     running = start("-p", str(profile), "--nproc", "2", *short, NOTES=f"{notes}/")
     out, err = running.communicate(timeout=SECONDS)
     assert (running.returncode, err) == (0, ""), out
-    assert sorted(note.name for note in notes.iterdir()) == ["atexit0", "atexit1", "thread0", "thread1"]
+    assert sorted(note.name for note in notes.iterdir()) == [
+        f"{what}{process}" for what in ("atexit", "pool", "thread") for process in (0, 1)
+    ]
 
 
 def test_a_run_of_two_processes_speaks_once_and_a_signal_to_the_launcher_ends_it_saved(

@@ -334,13 +334,11 @@ class World:
 def leave(code: int) -> NoReturn:
     """End this process, one of several, with an exit code.
 
-    What is registered with `atexit` is called, and threads that are no daemons are waited for; the interpreter is not
-    taken down. A thread of gloo's that lets go of a tensor while that happens aborts the process, at the end of a run
-    that went well (pytorch/pytorch#190489).
+    As at any end of Python pools of threads are closed, threads that are no daemons are waited for, and what is
+    registered with `atexit` is called; but the interpreter is not taken down. A thread of gloo's that lets go of a
+    tensor while that happens aborts the process, at the end of a run that went well (pytorch/pytorch#190489).
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # the interpreter's own first step; it has no public name
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
