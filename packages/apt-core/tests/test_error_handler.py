@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apt.core import device
-from apt.core.errors import ConfigError, ErrorHandler, is_out_of_memory
+from apt.core.errors import ConfigError, ErrorHandler, in_a_line, is_out_of_memory
 
 
 class Fails:
@@ -141,3 +141,15 @@ def test_it_speaks_to_the_logger_that_it_is_given(caplog: pytest.LogCaptureFixtu
     with pytest.raises(ValueError):
         ErrorHandler(logger=logging.getLogger("mine")).run(Fails(lambda: ValueError("odd"), 1))
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("mine", "ValueError: odd")]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no"), "ValueError: no"),
+        (RuntimeError("\n first of it\nand\nmore"), "RuntimeError: first of it"),
+        (KeyError(), "KeyError: "),
+    ],
+)
+def test_an_error_is_shown_in_a_line(error: Exception, line: str) -> None:
+    assert in_a_line(error) == line

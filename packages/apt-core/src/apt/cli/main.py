@@ -145,7 +145,7 @@ def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
 
 def _tell(error: Exception) -> int:
     """Say what went wrong and how to mend it; returns the exit code."""
-    from apt.core.errors import AptError
+    from apt.core.errors import AptError, in_a_line
 
     if not _is_first():
         time.sleep(SECONDS_TO_SPEAK)
@@ -160,8 +160,7 @@ def _tell(error: Exception) -> int:
         where = f": {error.filename}" if error.filename else ""
         _say(f"error: {error.strerror}{where}")
         return 2
-    text = f"{type(error).__name__}: {error}".partition("\n")[0]
-    _say(f"internal error: {text}; run again with --debug and report what it shows")
+    _say(f"internal error: {in_a_line(error)}; run again with --debug and report what it shows")
     return 1
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from apt.cli.overview import COMMANDS
 from apt.cli.system_apt import WORDS
 from apt.core.discovery import Plugin, Plugins, choose, discover
-from apt.core.errors import AptError, AptWarning, PluginError
+from apt.core.errors import AptError, AptWarning, PluginError, in_a_line
 from apt.core.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class PluginCommand:
             raise
         except Exception as error:
             failure = PluginError(
-                f"{self.plugin.label}: its command {self.name!r} failed: {type(error).__name__}: {error}",
+                f"{self.plugin.label}: its command {self.name!r} failed: {in_a_line(error)}",
                 hint="run it again with --debug, and report what it shows to the authors of the plugin",
             )
             failure.exit_code = 1  # nothing that the user has done wrong
@@ -137,5 +137,4 @@ def _implementations(plugins: Plugins, hook: str) -> Iterator[tuple[Plugin, Call
 
 
 def _warn(plugin: Plugin, consequence: str, error: BaseException) -> None:
-    text = f"{type(error).__name__}: {error}".partition("\n")[0]
-    warnings.warn(f"{plugin.label}: {consequence}: {text}", AptWarning, stacklevel=3)
+    warnings.warn(f"{plugin.label}: {consequence}: {in_a_line(error)}", AptWarning, stacklevel=3)

@@ -93,6 +93,12 @@ class PeerLostError(TrainingError):
     """Another process of the run is gone: killed, failed, or out of reach."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error that need not be ours, as messages show it: its class, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 class AptWarning(UserWarning):
     """Something that was asked for is passed over, or done in another way."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
-from apt.core.errors import AptError, AptWarning
+from apt.core.errors import AptError, AptWarning, in_a_line
 from apt.core.hooks import Hooks
 from apt.core.registry import Registry
 from apt.hookspecs import API_VERSION
@@ -52,8 +52,8 @@ def examine(name: str, module_name: str, distribution: str | None) -> tuple[Cont
         except ModuleNotFoundError as error:
             _lacks(contents, error.name or str(error), module_name, distribution)
         except (Exception, SystemExit) as error:
-            text = str(error) if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
-            contents.status, contents.reason = "import-error", text.partition("\n")[0]
+            contents.status = "import-error"
+            contents.reason = str(error).partition("\n")[0] if isinstance(error, AptError) else in_a_line(error)
             contents.fix = f"upgrade or uninstall {distribution or module_name}"
     contents.import_ms = round((time.perf_counter() - started) * 1000, 2)
     contents.warnings = [str(warning.message) for warning in told]

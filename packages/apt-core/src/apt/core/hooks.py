@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pluggy
 
 from apt import hookspecs
-from apt.core.errors import AptWarning, PeerLostError, PluginError, TrainingError, did_you_mean
+from apt.core.errors import AptWarning, PeerLostError, PluginError, TrainingError, did_you_mean, in_a_line
 
 if TYPE_CHECKING:
     import logging
@@ -60,7 +60,6 @@ class Failure:
         return f"{self.plugin}.{self.hook}"
 
     def __str__(self) -> str:
-        kind = type(self.error).__name__
         ending = ""
         if self.switched_off:
             what = "generation" if self.hook in GENERATION else "training"
@@ -70,7 +69,7 @@ class Failure:
                 else f"; switched off after {MAX_OBSERVER_FAILURES} failures"
             )
         elsewhere = "" if self.process is None else f" in process {self.process}"
-        return f"{self.where} failed{elsewhere}: {kind}: {self.error}{ending}"
+        return f"{self.where} failed{elsewhere}: {in_a_line(self.error)}{ending}"
 
 
 @dataclass(slots=True)

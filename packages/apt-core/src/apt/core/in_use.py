@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from apt.core.catalogue import KINDS
-from apt.core.errors import ConfigError, ConflictError, FallbackWarning, ProviderError
+from apt.core.errors import ConfigError, ConflictError, FallbackWarning, ProviderError, in_a_line
 from apt.core.registry import Provider, Registration, Registry, fallback_message
 
 T = TypeVar("T")
@@ -150,4 +150,4 @@ def _made(slot: str, make: Callable[[Any], T], provider: Any) -> T:
     except (ProviderError, ConfigError):
         raise
     except (Exception, SystemExit) as error:
-        raise ProviderError(f"{slot} cannot be built: {type(error).__name__}: {error}") from error
+        raise ProviderError(f"{slot} cannot be built: {in_a_line(error)}") from error

@@ -24,6 +24,7 @@ from apt.core.errors import (
     ProviderError,
     ProviderNotFoundError,
     did_you_mean,
+    in_a_line,
 )
 
 
@@ -125,8 +126,7 @@ class Registration:
             found = operator.attrgetter(attribute)(importlib.import_module(module_name))
         except (Exception, SystemExit) as error:
             raise ProviderError(
-                f"{self.slot} of plugin {self.plugin!r} cannot be imported from {target!r}: "
-                f"{type(error).__name__}: {error}",
+                f"{self.slot} of plugin {self.plugin!r} cannot be imported from {target!r}: {in_a_line(error)}",
                 hint=f"mend or reinstall {self.distribution or 'its package'}",
             ) from error
         if not isinstance(found, type):
@@ -371,7 +371,7 @@ class Registry:
                 raise ConfigError(
                     f"{claim.slot}: its section does not fit: {said}", hint=f"its keys are {known}" if known else None
                 ) from error
-            raise ProviderError(f"{claim.slot} cannot be built: {type(error).__name__}: {error}") from error
+            raise ProviderError(f"{claim.slot} cannot be built: {in_a_line(error)}") from error
         if fingerprint is not None:
             self._instances[key] = instance
         return instance

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from apt.core.errors import AptError, ConfigError, PeerLostError
+from apt.core.errors import AptError, ConfigError, PeerLostError, in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +289,8 @@ class World:
         follows from that."""
         if self._store is None:
             return None
-        text = f"process {self.rank}: {type(error).__name__}: {error.message if isinstance(error, AptError) else error}"
+        said = f"{type(error).__name__}: {error.message}" if isinstance(error, AptError) else in_a_line(error)
+        text = f"process {self.rank}: {said}"
         with suppress(RuntimeError):
             if self.is_first:
                 self._store.set("ending", "")

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from apt.core.cache import cache_dir
 from apt.core.config import DataConfig, RunConfig
-from apt.core.errors import AptError, AptWarning, ConfigError, DataError, ProviderError
+from apt.core.errors import AptError, AptWarning, ConfigError, DataError, ProviderError, in_a_line
 from apt.core.in_use import ProvidersInUse
 from apt.core.providers.dataset import DatasetProvider, Piece
 from apt.core.providers.tokenizer import Tokenizer, TokenizerProvider
@@ -266,7 +266,7 @@ def _blaming(kind: str, name: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise ProviderError(
-            f"{kind}:{name} failed: {type(error).__name__}: {error}",
+            f"{kind}:{name} failed: {in_a_line(error)}",
             hint=f"mend the plugin that brings it, or choose another data.{kind}; --debug shows where",
         ) from error
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor
 
-from apt.core.errors import AptWarning, ConfigError, TrainingError
+from apt.core.errors import AptWarning, ConfigError, TrainingError, in_a_line
 from apt.core.providers.voter import VoterProvider
 from apt.core.runs import RunFolder
 from apt.inference.batch import Batch, alike, make_batch
@@ -342,7 +342,7 @@ class Generator:
         try:
             return ask()
         except Exception as error:
-            failure = f"{name} failed: {type(error).__name__}: {error}"
+            failure = f"{name} failed: {in_a_line(error)}"
             if self.hooks.on_plugin_error == "stop":
                 hint = "mend the plugin, or set on_plugin_error: drop to go on without it"
                 raise TrainingError(failure, hint=hint) from error

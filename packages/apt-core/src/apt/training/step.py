@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from apt.core.errors import AptError, TrainingError
+from apt.core.errors import AptError, TrainingError, in_a_line
 from apt.core.world import World
 from apt.data.loader import NO_TARGET, Batch
 from apt.modeling.layers.mode import evaluation_mode
@@ -166,7 +166,7 @@ def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: Abst
         raise
     except Exception as error:
         raise TrainingError(
-            f"the model cannot be trained: the first batch fails with {type(error).__name__}: {error}",
+            f"the model cannot be trained: the first batch fails with {in_a_line(error)}",
             hint="--debug shows where",
         ) from error
     model.zero_grad(set_to_none=True)
