@@ -122,15 +122,13 @@ def test_in_bf16_masters_and_moments_stay_in_fp32(config: Config, tmp_path: Path
     assert {tensor.dtype for tensor in (*checkpoint.model.values(), *moments)} == {torch.float32}
 
 
-# What cannot be
-
-
-def test_one_process_has_no_shards_and_compiled_models_are_none() -> None:
-    config = RunConfig.model_validate({"hardware": {"parallel": "fsdp"}, "training": {"compile": True}})
-    assert shards_of(config, World()) == 1
-    with pytest.raises(ConfigError, match=r"training\.compile cannot be used with hardware\.parallel: fsdp"):
-        shards_of(config, World(1, 4))
-    assert shards_of(RunConfig(), World(1, 4)) == 1
+def test_only_several_processes_under_fsdp_have_shards() -> None:
+    config = RunConfig.model_validate({"hardware": {"parallel": "fsdp"}})
+    assert (shards_of(config, World()), shards_of(config, World(1, 4)), shards_of(RunConfig(), World(1, 4))) == (
+        1,
+        4,
+        1,
+    )
 
 
 def test_a_parameter_of_one_number_is_named() -> None:

@@ -172,7 +172,7 @@ class TrainingConfig(OpenSection):
     mixed_precision: Literal["auto", "bf16", "off"] | bool = "auto"
     """bf16 autocast. `auto` uses it where it pays: on GPUs that have it, and on CPUs that have it for wide models."""
     compile: bool = False
-    """Compile the model with `torch.compile`."""
+    """Compile the model's blocks with `torch.compile`."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; the end of each epoch is always evaluated."""
     eval_batches: PositiveInt | None = None

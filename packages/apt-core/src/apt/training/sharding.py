@@ -34,19 +34,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shards_of(config: RunConfig, world: World) -> int:
-    """Among how many processes a profile has its weights shared out.
-
-    Raises:
-        ConfigError: it asks for what a model in shards cannot do.
-    """
-    if config.hardware.parallel == "ddp" or world.size == 1:
-        return 1
-    if config.training.compile:
-        raise ConfigError(
-            "training.compile cannot be used with hardware.parallel: fsdp",
-            hint="leave one of them out: hardware.parallel: ddp compiles",
-        )
-    return world.size
+    """Among how many processes a profile has its weights shared out."""
+    return world.size if config.hardware.parallel == "fsdp" else 1
 
 
 def shard(model: nn.Module, world: World, device: torch.device, *, bf16: bool) -> None:

@@ -18,7 +18,7 @@ from apt.checkpoint.lock import read_lock, recorded_layouts
 from apt.core.config import RunConfig
 from apt.core.device import tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugins
-from apt.core.errors import AptError, AptWarning, ConfigError, PeerLostError, TrainingError
+from apt.core.errors import AptError, AptWarning, ConfigError, PeerLostError, TrainingError, in_a_line
 from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger
@@ -36,6 +36,7 @@ from apt.inference.generator import Generator
 from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
 from apt.training.choice import choose_plugins
+from apt.training.compiling import CompiledBlocks
 from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
@@ -393,7 +394,7 @@ class Trainer:
         self.hooks.call("on_optimizer_built", optimizer=self.optimizer, trainer=self)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
-        self._batch_loss = BatchLoss(torch.compile(self.model) if training.compile else self.model, self._autocast)
+        self._batch_loss = BatchLoss(CompiledBlocks(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
 
     # The end
@@ -427,7 +428,7 @@ class Trainer:
             ) from error
         if self._looping and isinstance(error, Exception) and not isinstance(error, AptError):
             raise TrainingError(
-                f"step {self.step} failed: {type(error).__name__}: {error}; {kept}",
+                f"step {self.step} failed: {in_a_line(error)}; {kept}",
                 hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
             ) from error
 
