@@ -1,5 +1,5 @@
 """For a checkout whose packages are not installed: pytest then finds no entry point of theirs. And no test reaches
-beyond this machine."""
+beyond this machine, or depends on whether Ctrl-C was ignored where the tests were started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import errno
 import ipaddress
 import os
+import signal
 import socket
 import struct
 import sys
@@ -29,6 +30,8 @@ attempts: list[str] = []
 
 def pytest_configure(config: pytest.Config) -> None:
     """For the whole process, and for good."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the background job of a shell; its children too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[ALONE] = _leave_the_network()
     sys.addaudithook(_refuse)
 
