@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,20 @@ def test_accumulated_micro_batches_and_bf16_train(config: Config) -> None:
     config["training"] |= {"gradient_accumulation": 2, "mixed_precision": "bf16"}
     found = losses(train(config))
     assert found[max(found)] < found[min(found)]
+
+
+def test_a_compiled_run_compiles_what_is_around_the_experts_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rows each expert gets is another matter in every step."""
+    config["schedules"] = {}
+    plain = losses(train(config))
+    config["training"]["compile"] = True
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs alone count here
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = losses(train(config))
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 4

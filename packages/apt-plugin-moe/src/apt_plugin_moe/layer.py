@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -52,6 +53,12 @@ class MoEFFN(nn.Module):
         self.register_load_state_dict_post_hook(_read_schedule)  # type: ignore[no-untyped-call]
         self.load = Load()
         self.step_load = Load()
+        self._compute: Callable[[MoEFFN, Tensor], tuple[Tensor, Tensor]] = MoEFFN._mixture
+
+    def stay_uncompiled(self) -> None:
+        """Stay as it is within a block that is compiled: how many rows each expert gets, and whether one is full, is
+        another matter in every step, and would have it compiled anew."""
+        self._compute = torch.compiler.disable(MoEFFN._mixture)
 
     def set_schedule(self, *, active: bool, temperature: float, capacity: float | None) -> None:
         """Set what a schedule moves. Whether it is active and its temperature are part of the state dict: without them
@@ -66,6 +73,9 @@ class MoEFFN(nn.Module):
         """The output [B, T, D] and the auxiliary loss: 0-d, its weights applied, zero while dense or in evaluation."""
         if not self.active:
             return _with_aux(*split_output(self.dense(x_BTD)))
+        return self._compute(self, x_BTD)
+
+    def _mixture(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         logits_BTE = self._logits(x_BTD)
         probs_BTE = (logits_BTE if self.temperature == 1 else logits_BTE / self.temperature).softmax(-1)
         assigned = assign(

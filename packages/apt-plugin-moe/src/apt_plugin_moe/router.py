@@ -64,6 +64,8 @@ class MoERouter(RouterProvider):
         for layer in self._layers:
             if active:
                 draw_experts(layer)
+            if trainer.config.training.compile:
+                layer.stay_uncompiled()
             layer.set_schedule(active=active, temperature=1.0, capacity=layer.config.capacity)
 
     def on_epoch_start(self, epoch: int, trainer: Any) -> None:
