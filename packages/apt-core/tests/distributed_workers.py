@@ -193,6 +193,18 @@ class Recorder:
         self.said["events"].append(dict(record))
 
 
+class Graphs:
+    """Counts the graphs that torch has compiled in this process."""
+
+    def __init__(self, argument: Any, said: dict[str, Any]) -> None:
+        self.said = said
+
+    def on_training_end(self) -> None:
+        from torch._dynamo.utils import counters
+
+        self.said["graphs"] = counters["stats"]["unique_graphs"]
+
+
 class StopAt:
     """Sends a signal, (step, signal, rank), to one of the processes."""
 

@@ -95,7 +95,8 @@ def test_two_processes_come_to_what_one_comes_to_that_does_not_compile(
     one = alone(config, ("Recorder", None))
     config["training"]["compile"] = True
     config["hardware"]["parallel"] = parallel
-    several = workers.run(2, config, tmp_path / "results", ("Recorder", None))
+    several = workers.run(2, config, tmp_path / "results", ("Recorder", None), ("Graphs", None))
     assert [process["error"] for process in several] == [None, None], several
+    assert [process["graphs"] for process in several] == [1, 1], "it is compiled, and all blocks at once"
     assert several[1]["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
     assert_near(several[0]["run"], one["run"])

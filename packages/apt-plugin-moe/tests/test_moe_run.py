@@ -222,4 +222,4 @@ def test_a_compiled_run_compiles_what_is_around_the_experts_once(
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = losses(train(config))
     assert compiled == pytest.approx(plain, rel=1e-5)
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4

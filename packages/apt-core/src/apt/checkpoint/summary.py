@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoint.manifest import DAMAGE, STRUCTURE, folders_of, is_of_weights, parts_in, verify
-from apt.core.errors import CheckpointError
+from apt.core.errors import CheckpointError, in_a_line
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ def _summary(step: int, folder: Path) -> Summary:
         summary.metrics = {name: _number(value) for name, value in manifest["metrics"].items()}
         summary.states = sorted(_plain(json.loads((folder / STRUCTURE).read_bytes())["plugins"]))
     except DAMAGE as error:
-        summary.problem = f"{folder} is damaged ({type(error).__name__}: {error})"
+        summary.problem = f"{folder} is damaged ({in_a_line(error)})"
     return summary
 
 
