@@ -108,6 +108,19 @@ class Lab:
         """Begin or go on with a run, up to its end or to a step; returns the exit code (minus the signal that killed
         it) and what was said in the end: of several processes, by the one that is to fail, or by one that ended
         otherwise than it should."""
+        ends = [end(*process) for process in self.begin(run, until, faults, *hooks)]
+        victim = faults.rank if faults is not None and faults.nth else None
+        wrong = [one for rank, one in enumerate(ends) if rank != victim and one[0] not in (0, 2, KILLED)]
+        return wrong[0] if wrong else ends[victim] if victim is not None else max(ends, key=lambda one: abs(one[0]))
+
+    def begin(
+        self, run: Path, until: int | None = None, faults: FaultyFiles | None = None, *hooks: object, said: str = "said"
+    ) -> list[tuple[int, Path]]:
+        """What `train` does, without waiting for the end: for each process what `end` takes.
+
+        Args:
+            said: what the files that their messages go through are called.
+        """
         folder = RunFolder(run)
         resume = folder if folder.holds_a_run() else None
         port = free_port()
@@ -128,16 +141,13 @@ class Lab:
             if here is not None and here.tally is not None:
                 here.tally.write_text(str(here.count))
 
-        said = [self.folder / f"said-{rank}.txt" for rank in range(self.processes)]
-        children: list[int] = []
-        for rank, file in enumerate(said):
-            children.append(child := start(functools.partial(work, rank), file))
+        processes: list[tuple[int, Path]] = []
+        for rank in range(self.processes):
+            file = self.folder / f"{said}-{rank}.txt"
+            processes.append((start(functools.partial(work, rank), file), file))
             if self.processes > 1:
-                os.setpgid(child, children[0])
-        ends = [end(child, file) for child, file in zip(children, said, strict=True)]
-        victim = faults.rank if faults is not None and faults.nth else None
-        wrong = [one for rank, one in enumerate(ends) if rank != victim and one[0] not in (0, 2, KILLED)]
-        return wrong[0] if wrong else ends[victim] if victim is not None else max(ends, key=lambda one: abs(one[0]))
+                os.setpgid(processes[rank][0], processes[0][0])
+        return processes
 
     def progress(self, run: Path) -> Path:
         """The file, outside the run's folder, that tells how many steps were done."""

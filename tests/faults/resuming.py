@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,11 +23,12 @@ from typing import Any
 
 import torch
 import yaml
-from lab import KILLED, Lab, Row, end_of, in_a_child, last_good
+from lab import KILLED, Lab, Row, end, end_of, in_a_child, last_good
 from made_distribution import make_distribution
 
 from apt.checkpoint.store import Checkpoint, CheckpointStore
 from apt.core.runs import RunFolder
+from apt.training.run_lock import LOCK
 
 DAY = 86_400.0
 TOLERANCE = 1e-5
@@ -120,6 +122,61 @@ def shifted_clock(seconds: float) -> Iterator[None]:
         yield
     finally:
         time.time, time.time_ns = clock, clock_ns
+
+
+# Two trainers
+
+
+def trainers(lab: Lab, smoke: bool) -> Row:
+    """Of those who would go on with a run at once, one does, and the others are refused in one line; the folder of one
+    that died is taken over, whatever its lock says. Each comes to the end of a run that was alone."""
+    row = Row("several trainers in one folder, a dead one's lock")
+    whole, base = lab.folder / "whole", lab.folder / "base"
+    assert lab.train(whole)[0] == 0
+    assert lab.train(base, until=lab.steps // 2)[0] == 143
+    slow = replace(lab, pause=0.5)  # the others come while it is at work
+
+    run = lab.copy(base, "second")
+    (first,) = slow.begin(run)
+    wait_until(lambda: (run / LOCK).exists())
+    code, said = lab.train(run)
+    told = said.startswith(f"another trainer (process {first[0]}) is at work in {run}") and "\n" not in said
+    problem = "" if code == 2 and told else f"exit {code}: {said}"
+    code, said = end(*first)
+    problem = problem or (f"the first one ends with {code}: {said}" if code else "")
+    row.add("a second one", problem or lab.finish(run, end_of(whole)))
+
+    run = lab.copy(base, "crowd")
+    crowd = [slow.begin(run, said=f"said-{number}")[0] for number in range(4)]
+    codes = sorted(end(*one)[0] for one in crowd)
+    row.add("four at once", (f"exits {codes}" if codes != [0, 2, 2, 2] else "") or lab.finish(run, end_of(whole)))
+
+    for what, content in list(LEFT_LOCKS.items())[: 2 if smoke else None]:
+        run = lab.copy(base, "dead")
+        code, said = lab.train(run, None, None, DuringMicroBatch(signal.SIGKILL, lab.steps - 2, 1))
+        problem = "" if code == KILLED and (run / LOCK).exists() else f"exit {code}, or no lock is left: {said}"
+        if content is not None:
+            (run / LOCK).write_bytes(content)
+        row.add(what, problem or lab.finish(run, end_of(whole)), lab.steps_done(run) - (last_good(run) or 0))
+    return row
+
+
+LEFT_LOCKS: dict[str, bytes | None] = {
+    "one that was killed": None,
+    "its lock names a process that lives": f"{os.getpid()} {socket.gethostname()}\n".encode(),
+    "its lock names another machine": b"7 elsewhere\n",
+    "its lock is empty": b"",
+    "its lock is no text": b"\xff\x00" * 64,
+}
+"""What is in the lock that a trainer has left; None: what it wrote."""
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something that is to happen."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.01)
 
 
 # What is kept

@@ -32,7 +32,7 @@ from faulty_files import FaultyFiles
 from lab import KILLED, Lab, Row, end_of, last_good, prepare_process
 from machines import machines
 from plugin_faults import FAULTS, Bench, ages, healthy, plugin_row
-from resuming import PLACES, clock, consecutive, fewer, killed, not_finite, position
+from resuming import PLACES, clock, consecutive, fewer, killed, not_finite, position, trainers
 
 from apt.checkpoint.store import MANIFEST, MODEL, STRUCTURE, TENSORS, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError
@@ -250,9 +250,10 @@ def small_disk(lab: Lab, smoke: bool) -> Row:
 
 
 def damage(lab: Lab, name: str, smoke: bool) -> Row:
-    """Flipped bits, cuts, a file that is missing, empty or another checkpoint's: noticed, and an older one is used."""
+    """Flipped bits, cuts, a file that is missing, empty or another checkpoint's: noticed, and an older one is used. One
+    more file than there should be is noticed as well, and does no harm."""
     flips, cuts = (10, 5) if smoke else (200, 50)
-    row = Row(f"{name}: {flips} bit flips, {cuts} cuts, missing, empty, swapped")
+    row = Row(f"{name}: {flips} bit flips, {cuts} cuts, missing, extra, empty, swapped")
     run = lab.folder / "damaged"
     if not run.exists():
         assert lab.train(run)[0] == 0
@@ -275,8 +276,22 @@ def damage(lab: Lab, name: str, smoke: bool) -> Row:
             path.write_bytes(data)
         row.add(what, use_damaged(store, before, last))
         path.write_bytes(whole)
+    stray = path.with_name(f"copy-of-{name}")
+    stray.write_bytes(whole)
+    row.add("extra", load_beside(stray, store, last))
+    stray.unlink()
     store.load(last)
     return row
+
+
+def load_beside(stray: Path, store: CheckpointStore, last: int) -> str:
+    """What is wrong with how the store takes it that a checkpoint has a file too many; "" if nothing is."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", AptWarning)
+        used = store.load().step
+    if used != last:
+        return "the checkpoint is not used"
+    return "" if any(stray.name in str(warning.message) for warning in told) else "not noticed"
 
 
 def use_damaged(store: CheckpointStore, before: int, last: int) -> str:
@@ -367,6 +382,7 @@ def experiments(folder: Path, smoke: bool) -> dict[str, list[Callable[[], Row]]]
             lambda policy=policy: not_finite(lab("finite", on_not_finite=policy))  # type: ignore[misc]
             for policy in ("stop", "skip", "rollback")
         ],
+        "trainers": [lambda: trainers(lab("trainers"), smoke)],
         "clock": [lambda: clock(lab("clock"))],
         "kept": [
             lambda way=way: consecutive(lab("kept", asynchronous=way, every=1, keep_last=99))  # type: ignore[misc]
