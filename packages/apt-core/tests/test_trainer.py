@@ -576,14 +576,14 @@ def resumed(run: RunFolder, *hooks: object, **overrides: Any) -> Trainer:
     return train(str(run.profile), *hooks, resume=run, overrides=dotted)
 
 
-@pytest.mark.parametrize("change", [{"training__batch_size": 16}, {"training__seed": 7}])
+@pytest.mark.parametrize("change", [{"training__batch_size": 16}, {"training__batch_size": 2}, {"training__seed": 7}])
 def test_a_text_that_is_dealt_out_otherwise_goes_on_at_the_same_share_of_the_epoch(
     config: Config, change: dict[str, Any]
 ) -> None:
     run = interrupted_run(config, 5)
     with pytest.warns(AptWarning, match="dealt out in another way"):
         trainer = resumed(run, **change)
-    assert trainer.epoch == 3 or trainer.step == trainer.total_steps
+    assert (trainer.epoch, trainer.batch_index) == (3, 0) and trainer.step == trainer.total_steps
 
 
 def test_a_shorter_text_does_not_hold_a_resumed_run_up(config: Config) -> None:
@@ -592,7 +592,20 @@ def test_a_shorter_text_does_not_hold_a_resumed_run_up(config: Config) -> None:
     path.write_text(path.read_text()[:450])
     with pytest.warns(AptWarning, match="not the one this run began with"):
         trainer = resumed(run)
-    assert trainer.epoch == 3 or trainer.step == trainer.total_steps
+    assert (trainer.epoch, trainer.batch_index) == (3, 0) and trainer.step == trainer.total_steps
+
+
+def test_a_run_that_is_dealt_out_otherwise_ends_after_its_epochs_however_often_it_is_resumed(config: Config) -> None:
+    """Its steps are no multiple of those of an epoch from then on."""
+    run = interrupted_run(config, 5)
+    with pytest.warns(AptWarning, match="dealt out in another way"):
+        trainer = resumed(run, training__batch_size=4, training__max_epochs=4)
+    assert (trainer.epoch, trainer.batch_index) == (4, 0)
+    steps = trainer.step
+    trainer = resumed(run)
+    assert (trainer.epoch, trainer.step, trainer.total_steps) == (4, steps, steps), "nothing is left to do"
+    trainer = resumed(run, training__max_epochs=5)
+    assert (trainer.epoch, trainer.step) == (5, steps + trainer.steps_per_epoch)
 
 
 def test_what_the_profile_says_of_the_optimizer_counts_after_a_resume(config: Config) -> None:

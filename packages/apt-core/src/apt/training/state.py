@@ -58,6 +58,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.step, trainer.epoch, trainer.batch_index = checkpoint.step, checkpoint.epoch, checkpoint.batch_index
     trainer.epoch_closed = checkpoint.extra["epoch_closed"]
     _deal_on(trainer, checkpoint.extra["dealing"])
+    trainer.total_steps = trainer.last_step()
     trainer.best_val_loss = checkpoint.extra["best_val_loss"]
     if checkpoint.extra["data"] != trainer.data.fingerprint:
         warnings.warn(

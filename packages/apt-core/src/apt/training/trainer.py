@@ -363,7 +363,7 @@ class Trainer:
             )
         self.tokenizer = self.data.tokenizer
         self.steps_per_epoch = len(self.data.train)
-        self.total_steps = min(training.max_epochs * self.steps_per_epoch, training.max_steps or 2**62)
+        self.total_steps = self.last_step()
         self.schedule.steps_per_epoch = self.steps_per_epoch
         for name in self.schedule.unreached():
             warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
@@ -396,6 +396,13 @@ class Trainer:
         self._autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         self._batch_loss = BatchLoss(CompiledBlocks(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
+
+    def last_step(self) -> int:
+        """The step that the run ends with, seen from where it stands. Steps are not always a multiple of an epoch's: in
+        a run that goes on with another batch size its epochs have had other numbers of them."""
+        training = self.config.training
+        left = (training.max_epochs - self.epoch) * self.steps_per_epoch - self.batch_index
+        return min(self.step + left, training.max_steps or 2**62)
 
     # The end
 
