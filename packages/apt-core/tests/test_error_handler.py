@@ -149,6 +149,21 @@ def test_it_speaks_to_the_logger_that_it_is_given(caplog: pytest.LogCaptureFixtu
         (ValueError("no"), "ValueError: no"),
         (RuntimeError("\n first of it\nand\nmore"), "RuntimeError: first of it"),
         (KeyError(), "KeyError: "),
+        (MemoryError(), "out of memory"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB"
+            ),
+            "out of memory: there are no 20.00 MiB left",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"),
+            "out of memory: there are no 4096 bytes left",
+        ),
+        (
+            MemoryError("Unable to allocate 256. TiB for an array with shape (35184372088832,)"),
+            "out of memory: there are no 256. TiB left",
+        ),
     ],
 )
 def test_an_error_is_shown_in_a_line(error: Exception, line: str) -> None:

@@ -23,6 +23,7 @@ from apt.core.errors import (
     AptWarning,
     CheckpointError,
     ConfigError,
+    DeviceError,
     PluginError,
     ProviderError,
     RunInUseError,
@@ -631,6 +632,46 @@ def test_a_step_that_failed_is_done_again_as_it_would_have_been(config: Config) 
     assert max(run.checkpoints.iterdir()).name == "step-00000008"
     resumed(run)
     assert_same(last_weights(whole.run_dir), last_weights(run.path))
+
+
+def test_memory_that_runs_out_is_told_with_what_takes_less(config: Config) -> None:
+    config["model"]["dropout"] = 0.0
+    whole = train(config)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ...")
+
+    class Full:
+        def on_model_built(self, model: torch.nn.Module, trainer: Trainer) -> None:
+            def forward(*_: object) -> None:
+                if trainer.step == at:
+                    raise full
+
+            model.register_forward_pre_hook(forward)
+
+    less = f"--training.batch_size {config['training']['batch_size'] // 2} --training.gradient_accumulation 2"
+    at = 0
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(Full())
+    with pytest.raises(
+        DeviceError, match=r"^out of memory: there are no 20.00 MiB left on cpu in the first batch"
+    ) as no:
+        trainer.train()
+    assert no.value.hint == f"the same steps take less with {less}"
+    at = 8
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(Full())
+    with pytest.raises(DeviceError, match=f"in step 8; the run is saved in {trainer.config.output_dir}") as no:
+        trainer.train()
+    assert no.value.hint == f"the same steps take less with {less}; go on with: apt train --resume {trainer.run_dir}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = resumed(
+            RunFolder(trainer.run_dir),
+            training__batch_size=config["training"]["batch_size"] // 2,
+            training__gradient_accumulation=2,
+        )
+    assert again.step == whole.step
+    for name, weight in last_weights(whole.run_dir).items():
+        torch.testing.assert_close(last_weights(again.run_dir)[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_that_cannot_be_saved_does_not_keep_a_strict_run_from_being_saved(config: Config) -> None:

@@ -145,8 +145,10 @@ def _one_line_each(elsewhere: Callable[..., None]) -> Callable[..., None]:
 
 def _tell(error: Exception) -> int:
     """Say what went wrong and how to mend it; returns the exit code."""
-    from apt.core.errors import AptError, in_a_line
+    from apt.core.errors import AptError, DeviceError, in_a_line, is_out_of_memory
 
+    if is_out_of_memory(error):
+        error = DeviceError(in_a_line(error), hint="ask for less at once (a smaller batch), or for another device")
     if not _is_first():
         time.sleep(SECONDS_TO_SPEAK)
         return error.exit_code if isinstance(error, AptError) else 1

@@ -7,6 +7,7 @@ mend it. The command line prints that line and exits 2; `--debug` shows the trac
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
@@ -94,7 +95,11 @@ class PeerLostError(TrainingError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """An error that need not be ours, as messages show it: its class, and the first line of what it says."""
+    """An error that need not be ours, as messages show it: its class, and the first line of what it says; of memory
+    that has run out, what could not be had."""
+    if is_out_of_memory(error):
+        asked = re.search(r"(?:tried|unable) to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+        return "out of memory" + (f": there are no {asked[1]} left" if asked else "")
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 

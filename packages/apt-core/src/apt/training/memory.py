@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from apt.core.config import RunConfig
+from apt.core.config import RunConfig, TrainingConfig
 from apt.core.device import Need, estimate_memory, memory_of
 from apt.core.errors import DeviceError
 from apt.core.in_use import ProvidersInUse
@@ -40,6 +40,17 @@ def check_memory(
         hint=f"train {smaller} instead: apt train -p {smaller}"
         if smaller
         else "lower model.num_layers or model.d_model, or take a larger machine",
+    )
+
+
+def in_less_memory(training: TrainingConfig) -> str:
+    """What to do where a run's memory has run out: the same rows in more and smaller micro-batches, as options of the
+    command, if a micro-batch can be halved."""
+    if training.batch_size % 2:
+        return "lower training.batch_size or model.max_seq_len"
+    return (
+        f"the same steps take less with --training.batch_size {training.batch_size // 2} "
+        f"--training.gradient_accumulation {2 * training.gradient_accumulation}"
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from apt.core.errors import AptError, TrainingError, in_a_line
+from apt.core.errors import AptError, TrainingError, in_a_line, is_out_of_memory
 from apt.core.world import World
 from apt.data.loader import NO_TARGET, Batch
 from apt.modeling.layers.mode import evaluation_mode
@@ -157,7 +157,7 @@ def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: Abst
         batch: the micro-batch.
 
     Raises:
-        TrainingError: it fails; the message says with what.
+        TrainingError: it fails; the message says with what. Memory that runs out is raised as it is.
     """
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(model):
@@ -165,6 +165,8 @@ def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: Abst
     except AptError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"the model cannot be trained: the first batch fails with {in_a_line(error)}",
             hint="--debug shows where",

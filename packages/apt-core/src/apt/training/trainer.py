@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -18,7 +17,7 @@ from apt.checkpoint.lock import read_lock, recorded_layouts
 from apt.core.config import RunConfig
 from apt.core.device import tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugins
-from apt.core.errors import AptError, AptWarning, ConfigError, PeerLostError, TrainingError, in_a_line
+from apt.core.errors import AptWarning, ConfigError, PeerLostError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger
@@ -38,6 +37,7 @@ from apt.modeling.compose import ModelBuilder
 from apt.training.choice import choose_plugins
 from apt.training.compiling import CompiledBlocks
 from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
+from apt.training.ending import before_training, in_training, interrupted
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
 from apt.training.opening import open_run, refuse_what_is_not_in
@@ -46,7 +46,7 @@ from apt.training.plan import use_side_providers
 from apt.training.progress import Progress
 from apt.training.saving import RunSaver
 from apt.training.sharding import shard, shards_of, whole
-from apt.training.signals import Interrupted, StopRequest, catch_signals
+from apt.training.signals import StopRequest, catch_signals
 from apt.training.step import BatchLoss, accumulate_gradients, dry_run, free_name, update
 from apt.training.window import Window, not_finite, plain_numbers
 
@@ -211,7 +211,7 @@ class Trainer:
             self._run_step(batch.to(self.device))
             if self._signum is not None:
                 self._save(wait=True)
-                raise self._interrupted(self._signum)
+                raise interrupted(self, self._signum)
             self.saver.check()
             if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
@@ -406,38 +406,20 @@ class Trainer:
 
     # The end
 
-    def _interrupted(self, signum: int) -> Interrupted:
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        return Interrupted(
-            signum,
-            f"stopped by {name} after step {self.step} of {self.total_steps}; saved",
-            hint=f"go on with: apt train --resume {self.run_dir}",
-        )
-
     def _end_early(self, error: BaseException) -> None:
         """Save the run if its state is that of a finished step, then say why it ends."""
-        told = self.world.first_failure(error)
+        failed = self.world.first_failure(error)
         self.logger.error("the run ends early: %s", error, exc_info=error)
-        killed = isinstance(error, PeerLostError) and told is None
+        killed = isinstance(error, PeerLostError) and failed is None
         with self.hooks.forgiving():
             saved = self._looping and self.saver.rescue(
                 error, between_updates=not self._updating, rng=self._rng_before_step, killed=killed
             )
             self.hooks.call("on_exception", error=error, trainer=self)
         self.world.end_together()
-        kept = f"the run is saved in {self.run_dir}" if saved else "what was saved before is kept"
-        if isinstance(error, PeerLostError) and self._looping:
-            raise PeerLostError(
-                f"step {self.step} failed in {told}; {kept}"
-                if told
-                else f"another process of the run was killed, or is out of reach, in step {self.step}; {kept}",
-                hint=f"go on with: apt train --resume {self.run_dir}",
-            ) from error
-        if self._looping and isinstance(error, Exception) and not isinstance(error, AptError):
-            raise TrainingError(
-                f"step {self.step} failed: {in_a_line(error)}; {kept}",
-                hint=f"see {self.run_dir / 'run.log'}, then go on with: apt train --resume {self.run_dir}",
-            ) from error
+        told = in_training(self, error, failed, saved) if self._looping else before_training(self, error)
+        if told is not None:
+            raise told from error
 
 
 def _are_losses(result: object) -> bool:
