@@ -303,18 +303,23 @@ def test_generators_draw_the_same_again() -> None:
         set_rng_state(before)
 
 
-def test_generators_of_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = [torch.tensor([index], dtype=torch.uint8) for index in range(3)]
-    restored: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: devices)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state}))
-    kept = through_files(rng_state())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    set_rng_state(kept)
-    assert {device: state.item() for device, state in restored.items()} == {0: 0, 1: 1, 2: 2}
-    restored.clear()
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.warns(AptWarning, match="3 CUDA devices and this machine has 1"):
+def test_the_generator_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[int] = []
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+        gpu.setattr(torch.cuda, "is_initialized", lambda: True)
+        gpu.setattr(torch.cuda, "current_device", lambda: 1)
+        gpu.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([5], dtype=torch.uint8))
+        gpu.setattr(torch.cuda, "set_rng_state", lambda state: restored.append(state.item()))
+        kept = through_files(rng_state())
         set_rng_state(kept)
-    assert list(restored) == [0]
+        assert restored == [5]
+        # Before 2.0.0a7 the states of all of a machine's GPUs were kept.
+        old = {key: value for key, value in kept.items() if key != "accelerator"}
+        set_rng_state({**old, "cuda": [torch.tensor([index]) for index in range(3)]})
+        assert restored == [5, 1]
+        set_rng_state({**old, "cuda": []})
+        assert restored == [5, 1]
+    with pytest.warns(AptWarning, match="of a device of kind cuda, and this run uses none.*not go on bit for bit"):
+        set_rng_state(kept)
+    assert restored == [5, 1]

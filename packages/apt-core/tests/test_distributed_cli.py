@@ -233,9 +233,9 @@ def test_each_process_has_a_gpu_of_its_own_or_none(monkeypatch: pytest.MonkeyPat
     import torch
 
     own = []
-    monkeypatch.setattr(torch.cuda, "set_device", own.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", own.append)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     world = World(3, 4, local_rank=1, local_size=2, machine=1)
     assert distributed.own_device("auto", world) == distributed.own_device("cuda", world) == torch.device("cuda", 1)
     assert own == [1, 1]
@@ -245,6 +245,10 @@ def test_each_process_has_a_gpu_of_its_own_or_none(monkeypatch: pytest.MonkeyPat
         distributed.own_device("cuda", World(0, 3, local_size=3))
     with pytest.raises(DeviceError, match="cuda:1 is one device"):
         distributed.own_device("cuda:1", world)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    assert distributed.own_device("auto", World(0, 2, local_size=2)).type == "cpu"
+    with pytest.raises(DeviceError, match="mps is one device"):
+        distributed.own_device("mps", World(0, 2, local_size=2))
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

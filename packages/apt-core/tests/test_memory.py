@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -167,7 +168,9 @@ def test_a_gpu_has_its_own_and_of_other_devices_nothing_is_known(monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     assert memory_of(torch.device("cuda:0")) == 123
-    assert memory_of(torch.device("xpu")) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace())
+    assert memory_of(torch.device("cuda:0")) is None, "its module does not tell"
+    assert memory_of(torch.device("mps")) == memory_of(CPU)
 
 
 # Runs

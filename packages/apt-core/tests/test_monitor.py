@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from apt.core.device import Need, cuda_in_use, describe_hardware, estimate_memory, memory_of, release_memory
+from apt.core.device import (
+    Need,
+    accelerator_in_use,
+    accelerator_memory,
+    describe_hardware,
+    estimate_memory,
+    memory_of,
+    release_memory,
+)
 from apt.core.monitor import ResourceMonitor
 
 MB = 1 << 20
@@ -79,22 +87,34 @@ def test_it_is_watched_by_one_thread_however_often_it_is_started() -> None:
 
 def test_the_gpu_counts_once_torch_has_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
+
+    def found(module: object, device: str | None = "cuda") -> SimpleNamespace:
+        accelerator = SimpleNamespace(current_accelerator=lambda: device, is_available=lambda: True)
+        return SimpleNamespace(accelerator=accelerator, get_device_module=lambda _: module)
+
     gpu = SimpleNamespace(
         is_initialized=lambda: True,
         memory_allocated=lambda: 5,
         max_memory_allocated=lambda: 7,
         empty_cache=lambda: cleared.append(1),
     )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu))
+    monkeypatch.setitem(sys.modules, "torch", found(gpu))
     monitor = ResourceMonitor()
     assert monitor.sample().gpu_memory == 5 and monitor.peak_gpu_memory == 7
     release_memory()
     assert cleared == [1]
-    for unused in (SimpleNamespace(), SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False))):
+    being_imported = SimpleNamespace()
+    for unused in (being_imported, found(SimpleNamespace(is_initialized=lambda: False)), found(gpu, device=None)):
         monkeypatch.setitem(sys.modules, "torch", unused)
-        assert cuda_in_use() is None
+        assert accelerator_in_use() is None and accelerator_memory() == (0, 0)
     release_memory()
     assert cleared == [1]
+    held = [0]
+    mps = SimpleNamespace(current_allocated_memory=lambda: held[0])
+    monkeypatch.setitem(sys.modules, "torch", found(mps, "mps"))
+    assert accelerator_in_use() is None, "it does not say whether it is used, and nobody holds its memory"
+    held[0] = 1
+    assert accelerator_in_use() is mps and accelerator_memory() == (0, 0), "its memory is the machine's"
 
 
 def test_it_does_not_import_torch() -> None:

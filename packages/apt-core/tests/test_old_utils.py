@@ -51,7 +51,7 @@ def test_a_seed_makes_all_three_repeat_themselves() -> None:
 
 
 def test_the_device_is_the_cpu_where_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     get_device = old("utils.get_device")
     assert get_device(force_cpu=True) == torch.device("cpu") and get_device() == torch.device("cuda")
 

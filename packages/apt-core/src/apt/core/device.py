@@ -56,31 +56,58 @@ class Need:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device that `hardware.device` names; `auto` takes a GPU where there is one.
+    """The device that `hardware.device` names; `auto` takes an accelerator where there is one: a GPU, or whatever else
+    torch or a package for it knows to drive (`torch.accelerator`).
 
     Raises:
         DeviceError: it is not here.
     """
     import torch
 
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceError(
             f"hardware.device: {name!r} is no device", hint="use auto, cpu, cuda, cuda:1 or mps"
         ) from error
-    here = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not here.get(device.type, False):
+    if device.type == "cpu":
+        return device
+    if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count_devices(device.type):
         raise DeviceError(f"hardware.device: {name} is not available on this machine", hint="use auto or cpu")
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # kernels that look at no tensor run on the current one
     return device
+
+
+def count_devices(kind: str) -> int:
+    """How many devices of a kind, such as "cuda", this machine has."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if found is not None and found.type == kind else 0
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Put a model on a device, in place: its parameters stay the objects they are, with what modules say of them
+    (`no_weight_decay`) and with those that share one."""
+    import torch
+    from torch import nn
+
+    if device.type != torch._C._get_privateuse1_backend_name():
+        model.to(device)
+        return
+    # From the CPU to a device that a package brings torch would make new parameters, and lose all that.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device == device:
+            continue
+        moved = tensor.detach().to(device)
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, tensor.requires_grad)
+        moved.__dict__.update({**tensor.__dict__, **moved.__dict__})
+        torch.utils.swap_tensors(tensor, moved)
 
 
 def use_bf16(setting: str | bool, device: torch.device, d_model: int) -> bool:
@@ -91,9 +118,10 @@ def use_bf16(setting: str | bool, device: torch.device, d_model: int) -> bool:
         return False
     if setting in (True, "bf16"):
         return True
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return device.type == "cpu" and cpu_has_bf16() and d_model >= BF16_MIN_WIDTH
+    if device.type == "cpu":
+        return cpu_has_bf16() and d_model >= BF16_MIN_WIDTH
+    is_supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return is_supported is not None and bool(is_supported())
 
 
 def cpu_has_bf16() -> bool:
@@ -112,10 +140,10 @@ def describe_hardware() -> Hardware:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            gpus.append((properties.name, properties.total_memory))
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is not None:
+        of_each = [_properties(torch.device(found.type, index)) for index in range(count_devices(found.type))]
+        gpus = [(properties.name, properties.total_memory) for properties in of_each if properties is not None]
     memory = memory_of(torch.device("cpu")) or 0
     return Hardware(_cpu_name(), cores, memory, free_memory(), cpu_has_bf16(), tuple(gpus))
 
@@ -134,13 +162,11 @@ def memory_of(device: torch.device) -> int | None:
     On the CPU the machine's, or the limit of the process's control group (a container's) where that is lower.
     """
     import psutil
-    import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type in ("cpu", "mps"):
         return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
-    return None
+    properties = _properties(device)
+    return int(properties.total_memory) if properties is not None else None
 
 
 def free_memory() -> int:
@@ -155,14 +181,41 @@ def free_memory() -> int:
 def release_memory() -> None:
     """Give back what is held for nobody: unreachable objects, and the blocks that torch keeps of the GPU's memory."""
     gc.collect()
-    if (cuda := cuda_in_use()) is not None:
-        cuda.empty_cache()
+    if (accelerator := accelerator_in_use()) is not None:
+        accelerator.empty_cache()
 
 
-def cuda_in_use() -> Any:
-    """torch.cuda, if this process has used it, else None: asking neither imports torch nor starts CUDA."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # not there while torch is being imported
-    return cuda if cuda is not None and cuda.is_initialized() else None
+def accelerator_in_use() -> Any:
+    """torch's module for the accelerator that this process uses, such as torch.cuda; None if it uses none. Asking
+    neither imports torch nor starts CUDA."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "get_device_module"):  # torch is being imported
+        return None
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    if hasattr(module, "is_initialized"):
+        is_used = module.is_initialized()
+    else:  # torch.mps does not tell; who uses it holds some of its memory
+        is_used = torch.accelerator.is_available() and module.current_allocated_memory() > 0
+    return module if is_used else None
+
+
+def accelerator_memory() -> tuple[int, int]:
+    """Bytes that torch holds of the accelerator's own memory, now and at most so far; 0 where there is none."""
+    accelerator = accelerator_in_use()
+    if accelerator is None or not hasattr(accelerator, "memory_allocated"):  # on MPS it is the machine's
+        return 0, 0
+    return accelerator.memory_allocated(), accelerator.max_memory_allocated()
+
+
+def _properties(device: torch.device) -> Any:
+    """The name and `total_memory` of an accelerator; None if torch's module for it does not tell."""
+    import torch
+
+    ask = getattr(torch.get_device_module(device), "get_device_properties", None)
+    return ask(device) if ask is not None else None
 
 
 def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 
-from apt.core.device import cuda_in_use
+from apt.core.device import accelerator_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +47,19 @@ class ResourceMonitor:
 
     def sample(self) -> Sample:
         """Look now."""
-        cuda = cuda_in_use()
+        gpu_memory, peak_gpu_memory = accelerator_memory()
         with self._one_at_a_time:
             now, worked = time.monotonic(), time.process_time()
             sample = Sample(
                 seconds=now - self._started,
                 cores=(worked - self._worked) / max(now - self._looked, 1e-9),
                 memory=self._process.memory_info().rss,
-                gpu_memory=cuda.memory_allocated() if cuda else 0,
+                gpu_memory=gpu_memory,
             )
             self._looked, self._worked = now, worked
             self.history.append(sample)
             self.peak_memory = max(self.peak_memory, sample.memory)
-            self.peak_gpu_memory = max(self.peak_gpu_memory, cuda.max_memory_allocated() if cuda else 0)
+            self.peak_gpu_memory = max(self.peak_gpu_memory, peak_gpu_memory)
         return sample
 
     @contextmanager

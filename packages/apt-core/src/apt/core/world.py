@@ -69,7 +69,7 @@ class World:
         self.local_size = local_size
         self.machine = machine
         self._store: Any = None
-        self._over_nccl = False
+        self._on_devices = False
         self._wires: set[int] = set()
 
     @classmethod
@@ -119,8 +119,8 @@ class World:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Inside this block the processes, which have met, can talk: over NCCL what lies on GPUs, over gloo everything
-        else.
+        """Inside this block the processes, which have met, can talk: over NCCL what lies on GPUs (over its own kind of
+        transport what lies on another accelerator), over gloo everything else.
 
         Raises:
             PeerLostError: they do not find each other.
@@ -130,8 +130,10 @@ class World:
             return
         import torch.distributed as dist
 
-        self._over_nccl = device.type == "cuda"
-        backend = "cpu:gloo,cuda:nccl" if self._over_nccl else "gloo"
+        self._on_devices = device.type != "cpu"
+        backend = "cpu:gloo"
+        if self._on_devices:
+            backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
         before = _sockets()
         with self.watching():
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
@@ -312,7 +314,7 @@ class World:
         with suppress(RuntimeError):
             if self.is_first:
                 self._store.set("ended", "")
-            elif not self._over_nccl:
+            elif not self._on_devices:
                 self._hang_up()
                 self._store.wait(["ending"], timedelta(seconds=2 * PATIENCE))
                 self._store.wait(["ended"], timedelta(minutes=10))

@@ -20,7 +20,7 @@ from apt.checkpoint.lock import (
 )
 from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
-from apt.core.device import pick_device
+from apt.core.device import move, pick_device
 from apt.core.discovery import choose, discover
 from apt.core.errors import AptWarning, CheckpointError, ProviderError
 from apt.core.hooks import USE, Hooks
@@ -124,7 +124,8 @@ def load_run(
             f"the checkpoint of step {step} does not fit the model of {run.path}: {text}",
             hint="use the plugins and versions that the run was trained with: see its plugins.lock.json",
         ) from error
-    return LoadedRun(config, model.to(target).eval(), tokenizer, target, hooks, in_use, step)
+    move(model, target)
+    return LoadedRun(config, model.eval(), tokenizer, target, hooks, in_use, step)
 
 
 def _quantised(model: Backbone, scheme: str, in_use: ProvidersInUse) -> Backbone:

@@ -158,12 +158,14 @@ def isolated() -> Iterator[None]:
     import numpy
     import torch
 
+    from apt.checkpoint.rng import torch_rng_kept
+
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     gradients, anomaly = torch.is_grad_enabled(), torch.is_anomaly_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     python, own = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch_rng_kept():
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoint.rng import torch_rng_kept
 from apt.core.errors import ConfigError, ProviderError
 from apt.core.providers.attention import AttentionContext, supports
 from apt.core.providers.dataset import Piece
@@ -211,7 +212,7 @@ class AttentionSubject(LayerSubject):
     def _first_that_fits(self) -> tuple[int, int]:
         for d_model, num_heads in self.SIZES:
             try:
-                with torch.random.fork_rng():  # whoever asks first has a seed of its own
+                with torch_rng_kept():  # whoever asks first has a seed of its own
                     self._create(d_model, num_heads)
             except ConfigError as error:
                 refusal = error

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apt.core.config import TrainingConfig
-from apt.core.device import pick_device
+from apt.core.device import count_devices, pick_device
 from apt.core.errors import ConfigError, DeviceError
 from apt.core.world import World
 from apt.training.sharding import ShardedLoss, is_sharded
@@ -27,29 +27,30 @@ from apt.training.step import BatchLoss
 
 
 def own_device(name: str, world: World) -> torch.device:
-    """The device of this process, as `hardware.device` says: of several GPUs each process of a machine has its own.
+    """The device of this process, as `hardware.device` says: of several GPUs, or other accelerators, each process of a
+    machine has its own.
 
     Raises:
         DeviceError: it is not here, or cannot be shared.
     """
     if world.size == 1:
         return pick_device(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.device_count() >= world.local_size else "cpu"
     device = pick_device(name)
+    has = count_devices(device.type)
+    if name == "auto" and (device.type == "mps" or has < world.local_size):
+        return torch.device("cpu")
     if device.type == "cpu":
         return device
-    if device.type != "cuda" or device.index is not None:
+    if device.type == "mps" or device.index is not None:
         raise DeviceError(
             f"hardware.device: {name} is one device, and there are {world.size} processes", hint="use cuda or cpu"
         )
-    if torch.cuda.device_count() < world.local_size:
+    if has < world.local_size:
         raise DeviceError(
-            f"{world.local_size} processes on this machine need a GPU each, and it has {torch.cuda.device_count()}",
-            hint=f"start {torch.cuda.device_count()}, or set hardware.device: cpu",
+            f"{world.local_size} processes on this machine need a GPU each, and it has {has}",
+            hint=f"start {has}, or set hardware.device: cpu",
         )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    return pick_device(f"{device.type}:{world.local_rank}")
 
 
 def own_micro_batches(training: TrainingConfig, world: World) -> int:

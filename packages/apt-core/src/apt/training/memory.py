@@ -31,7 +31,8 @@ def check_memory(
     need = need_of(config, registry, vocab_size) if has is not None and vocab_size is not None else None
     if has is None or need is None or need.memory / shards <= has:
         return
-    there = f"{device} has {has / 1e9:,.1f} GB" if device.type == "cuda" else f"there are {has / 1e9:,.1f} GB here"
+    shared = device.type in ("cpu", "mps")
+    there = f"there are {has / 1e9:,.1f} GB here" if shared else f"{device} has {has / 1e9:,.1f} GB"
     needs = f"at least {need.memory / shards / 1e9:,.1f} GB" + (f" in each of {shards} processes" if shards > 1 else "")
     smaller = config.smaller_profile
     raise DeviceError(

@@ -6,9 +6,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from apt.checkpoint.background import BackgroundSaver
+from apt.checkpoint.rng import set_torch_rng_state
 from apt.checkpoint.store import Checkpoint, CheckpointStore
 from apt.core.errors import AptWarning, CheckpointError, NotFiniteError
 from apt.core.world import PATIENCE
@@ -89,7 +88,7 @@ class RunSaver:
         self._world.wait_for_all()
         return self.store.latest()
 
-    def rescue(self, error: BaseException, *, between_updates: bool, rng: torch.Tensor | None, killed: bool) -> bool:
+    def rescue(self, error: BaseException, *, between_updates: bool, rng: dict[str, Any] | None, killed: bool) -> bool:
         """Save a run that ends with `error` as it stood after its last whole step; returns whether that was possible.
 
         Not saved is what stopped in mid-update, is not finite, or for which nobody waits, and what saving itself has
@@ -98,7 +97,7 @@ class RunSaver:
         Args:
             between_updates: whether weights and moments are those of one step.
             rng: torch's random state before the step that failed, which is done again after a resume, with the numbers
-                it had drawn (on a CPU); None if it was none.
+                it had drawn; None if it was none.
             killed: whether another process is gone without a word.
         """
         is_whole = between_updates and isinstance(error, Exception)
@@ -112,7 +111,7 @@ class RunSaver:
         if not is_whole or not (self._world.is_first or self._sharded):
             return False
         if rng is not None:
-            torch.set_rng_state(rng)
+            set_torch_rng_state(rng)
         try:
             self._saver.save(capture(self._trainer), wait=True)
         except Exception as failed:

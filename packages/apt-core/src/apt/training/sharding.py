@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apt.core.config import RunConfig
+from apt.core.device import move
 from apt.core.errors import ConfigError
 from apt.core.world import World
 from apt.data.loader import Batch
@@ -67,7 +68,9 @@ def shard(model: nn.Module, world: World, device: torch.device, *, bf16: bool) -
         tensor.data = tensor.data.contiguous()
         dist.broadcast(tensor.data.view(-1).view(torch.uint8), 0)  # gloo knows few dtypes
     for module in [module for module in model.modules() if isinstance(module, TransformerBlock)]:
+        move(module, device)
         fully_shard(module, **options)
+    move(model, device)
     fully_shard(model, **options)
     for name, parameter in model.named_parameters():
         parameter.__dict__.update(marks[name])  # what a module says of its parameters, such as no_weight_decay

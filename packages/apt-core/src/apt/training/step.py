@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from apt.checkpoint.rng import torch_rng_kept
 from apt.core.errors import AptError, TrainingError, in_a_line, is_out_of_memory
 from apt.core.world import World
 from apt.data.loader import NO_TARGET, Batch
@@ -160,7 +161,7 @@ def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: Abst
         TrainingError: it fails; the message says with what. Memory that runs out is raised as it is.
     """
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(model):
+        with torch_rng_kept(), evaluation_mode(model):
             accumulate_gradients(BatchLoss(model, autocast), [batch.to(device)])
     except AptError:
         raise

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from apt.checkpoint.lock import read_lock, recorded_layouts
+from apt.checkpoint.rng import torch_rng_state
 from apt.core.config import RunConfig
-from apt.core.device import tune_cpu_memory, use_bf16
+from apt.core.device import move, tune_cpu_memory, use_bf16
 from apt.core.discovery import Plugins
 from apt.core.errors import AptWarning, ConfigError, PeerLostError, TrainingError
 from apt.core.hooks import TRAINING, Hooks
@@ -86,7 +87,7 @@ class Trainer:
         no_plugin: Iterable[str] = (),
         no_plugins: bool = False,
         strict: bool = False,
-        run_dir: Path | None = None,
+        run_dir: str | Path | None = None,
         resume: RunFolder | None = None,
         frozen: Path | None = None,
         quiet: bool = False,
@@ -98,7 +99,7 @@ class Trainer:
         self.options = options
         self.strict = strict
         self.world = World.of_environment()
-        self.run = resume or (RunFolder(run_dir) if run_dir else None)
+        self.run = resume or (RunFolder(Path(run_dir)) if run_dir else None)
         self.resumed = resume is not None
         self.lock = read_lock(resume.lock) if resume else None
         if not isinstance(plugins, Plugins):
@@ -131,7 +132,7 @@ class Trainer:
         self._stop = StopRequest()
         self._signum: int | None = None
         self._begun = self._looping = self._updating = False
-        self._rng_before_step: Tensor | None = None
+        self._rng_before_step: dict[str, Any] | None = None
 
     def register_hook(self, hook: object) -> None:
         """Let an object listen: its methods whose names match hooks are called.
@@ -228,7 +229,7 @@ class Trainer:
 
     def _run_step(self, batch: Batch) -> None:
         step, training = self.step, self.config.training
-        self._rng_before_step = torch.get_rng_state()
+        self._rng_before_step = torch_rng_state()
         own_numbers(self.world, training.seed, step)
         self.hooks.call("on_step_start", step=step, batch=batch, trainer=self)
         if (listening := self.hooks.listening("extra_losses")) != (self._batch_loss.extra_losses is not None):
@@ -378,7 +379,7 @@ class Trainer:
             check_memory(config, self.registry, self.device, vocab_size, shards)
         self.model = builder.build_model(vocab_size=vocab_size)
         if shards == 1:  # else block by block, where it goes
-            self.model.to(self.device)
+            move(self.model, self.device)
         self.modules_by_slot = builder.modules_by_slot(self.model)
         use_side_providers(config, self.in_use, self.model)
         voter: Any = self.providers.get(("voter", config.model.voter_name or ""))

@@ -10,6 +10,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from apt.checkpoint.rng import torch_rng_kept
 from apt.core.errors import ConfigError, ProviderError
 from apt.testing.check import check
 from apt.testing.compare import relative_error, require, require_equal, require_finite
@@ -24,7 +25,7 @@ class TinyModel(nn.Module):
 
     def __init__(self, seed: int = 0, d: int = 64, vocab: int = 50) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch_rng_kept():
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(vocab, d)
             self.blocks = nn.ModuleList([_Block(d), _Block(d)])
@@ -45,7 +46,7 @@ class OneMap(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch_rng_kept():
             torch.manual_seed(0)
             self.up = nn.Linear(64, 96, bias=False)
 
