@@ -1,0 +1,278 @@
+"""Whole runs on an accelerator that is none (device.cpp), which torch treats as it does a GPU: what runs do with their
+devices, memory, generators and collectives, where there is no GPU. What a GPU computes is not shown."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkout import ROOT, Apt
+from made_distribution import make_distribution
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from apt.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+PLUGINS = ("align", "flash", "moe", "quant")
+TOLERANCE = 1e-5
+"""How far losses may be from those on the CPU, relative to their size: the sums are the same."""
+ROUNDED = 0.05
+"""The same after the first step where weights are trained for few bits: one between two levels is rounded to either by
+the last bit of a sum."""
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the accelerator is written for torch 2.13"),
+]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the path of Python: torch finds the accelerator there, and APT its plugins. Built once for all
+    workers of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "accelerator"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "torch_sim_native.so").exists():
+            _build(folder)
+    return folder
+
+
+def _build(folder: Path) -> None:
+    make_distribution(folder, "torch-sim", modules={"torch_sim": (HERE / "torch_sim.py").read_text()})
+    (folder / "torch_sim-1.0.dist-info/entry_points.txt").write_text("[torch.backends]\nsim = torch_sim:register\n")
+    for name in PLUGINS:
+        make_distribution(folder, f"apt-plugin-{name}", plugins={name: f"apt_plugin_{name}.plugin"})
+    unfinished = folder / "unfinished.so"
+    headers = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
+    build = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-DTORCH_EXTENSION_NAME=torch_sim_native", *headers]
+    assert COMPILER is not None
+    done = subprocess.run(
+        [COMPILER, *build, str(HERE / "device.cpp"), "-o", str(unfinished), *libraries], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    unfinished.rename(folder / "torch_sim_native.so")
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """One whose run takes a second, without dropout: each device draws numbers of its own."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(40)))
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        """\
+name: small
+model: {d_model: 32, num_heads: 4, num_layers: 2, max_seq_len: 32}
+data: {train_path: text.txt}
+training:
+  {max_epochs: 2, batch_size: 4, learning_rate: 0.01, lr_schedule: constant, log_every: 1, mixed_precision: false}
+"""
+    )
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    found = [r.get("loss", r.get("val_loss")) for r in read_metrics(run / "metrics.jsonl")]
+    return [loss for loss in found if loss is not None]
+
+
+def newest(run: Path) -> dict[str, Tensor]:
+    folder = max((run / "checkpoints").iterdir())
+    return {f"{file.name} {name}": x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def on(device: str) -> list[str]:
+    return ["--hardware.device", device, "--run-dir", f"runs/{device}"]
+
+
+STRICT = """
+import torch
+
+x = torch.ones(3, device="sim")
+y = torch.empty(3, device="sim:1")
+assert x.device == torch.device("sim:0") and y.isnan().all(), "what was never written is NaN"
+assert torch.accelerator.current_accelerator() == torch.device("sim")
+
+
+def refused(call):
+    try:
+        call()
+    except (RuntimeError, TypeError):
+        return
+    raise AssertionError("that went through")
+
+
+refused(lambda: x + torch.ones(3))
+refused(lambda: x + y)
+refused(lambda: torch.where(torch.ones(3).bool(), x, x))
+refused(lambda: x.numpy())
+refused(lambda: torch.rand(3, device="sim", generator=torch.Generator()))
+refused(lambda: torch.ones(1 << 34, device="sim"))
+late = torch.full((3,), 7.0)
+late.copy_(x, non_blocking=True)
+assert late.tolist() == [7, 7, 7], "nobody has waited for it"
+torch.accelerator.synchronize()
+assert late.tolist() == [1, 1, 1]
+torch.manual_seed(0)
+here, cpu = torch.rand(2, 3, device="sim").tolist(), torch.rand(3).tolist()
+torch.manual_seed(0)
+assert torch.rand(3).tolist() == cpu and torch.rand(2, 3, device="sim").tolist() == here, "two generators"
+"""
+
+
+def test_it_is_as_strict_as_a_gpu(site: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STRICT], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model.attention_name": "tva_default"},
+        {"model.attention_name": "flash_sdpa", "model.ffn_name": "swiglu", "training.gradient_accumulation": "2"},
+        {"model.moe.enabled": "true", "model.align_name": "bistate_default", "schedules.enable_moe_at_epoch": "1"},
+        {"model.qat_name": "int4", "data.workers": "2"},
+    ],
+    ids=["default", "swiglu", "experts", "int4"],
+)
+def test_a_run_is_that_of_the_cpu(apt: Apt, site: Path, profile: Path, parts: dict[str, str]) -> None:
+    options = [word for key, value in parts.items() for word in (f"--{key}", value)]
+    for device in ("auto", "cpu"):
+        said = apt("train", "-p", str(profile), *on(device), *options, path=[site])
+        assert ("on sim" in said.stdout) == (device == "auto")
+        assert "warning" not in said.stderr
+    runs = profile.parent / "runs"
+    found, wanted = losses(runs / "auto"), losses(runs / "cpu")
+    assert found[0] == pytest.approx(wanted[0], rel=TOLERANCE)
+    assert found == pytest.approx(wanted, rel=ROUNDED if "model.qat_name" in parts else TOLERANCE)
+    words = ["generate", "runs/auto", "--prompt", "12 green", "--max-tokens", "12", "--seed", "1", "--device"]
+    texts = [apt(*words, device, path=[site]).stdout for device in ("auto", "sim:1", "cpu")]
+    assert texts[0] == texts[1] == texts[2]
+
+
+RESUME = """
+import sys
+import warnings
+from pathlib import Path
+from apt.core.errors import TrainingError
+from apt.core.profiles import resolve
+from apt.core.runs import RunFolder
+from apt.training.trainer import Trainer
+
+warnings.simplefilter("error")
+overrides = {"model.dropout": 0.1, "hardware.device": "sim:1", "model.moe.enabled": True, "model.moe.jitter": 0.1}
+
+
+class Fails:
+    def on_before_optimizer_step(self, trainer):
+        if trainer.step == 11:
+            raise ValueError("once")
+
+
+Trainer("small.yaml", overrides=overrides, run_dir="whole", quiet=True).train()
+trainer = Trainer("small.yaml", overrides=overrides, run_dir="halves", quiet=True, strict=True)
+trainer.register_hook(Fails())
+try:
+    trainer.train()
+except TrainingError as error:
+    assert "once" in str(error), error
+saved = max(Path("halves/checkpoints").iterdir()).name
+assert saved == "step-00000011", saved
+again = Trainer("halves/profile.yaml", resume=RunFolder(Path("halves")), quiet=True)
+again.train()
+assert str(again.device) == "sim:1" and again.model.training is not None
+"""
+
+
+def test_a_run_that_fails_in_mid_step_goes_on_bit_for_bit(apt: Apt, site: Path, profile: Path, home: Path) -> None:
+    """With what the device had drawn in that step drawn once more: dropout and jitter are the device's."""
+    source = [str(folder) for folder in (ROOT / "packages").glob("*/src")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *source]), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME], env=env, cwd=profile.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    whole, halves = newest(profile.parent / "whole"), newest(profile.parent / "halves")
+    assert whole.keys() == halves.keys()
+    assert [name for name, x in whole.items() if not torch.equal(x, halves[name])] == []
+    # On the CPU it cannot be so, and that is said.
+    resumed = apt("train", "--resume", "halves", "--hardware.device", "cpu", "--epochs", "3", path=[site])
+    assert "holds the random state of a device of kind sim" in resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("parallel", "devices", "then"), [("ddp", 2, "sim"), ("fsdp", 8, "cpu")], ids=["ddp on 2", "fsdp on 8"]
+)
+def test_each_process_has_a_device_and_one_goes_on(
+    apt: Apt, site: Path, profile: Path, parallel: str, devices: int, then: str
+) -> None:
+    words = ["-p", str(profile), "--no-plugins", "--training.batch_size", "8"]
+    several = ["--nproc", str(devices), "--hardware.parallel", parallel, "--epochs", "1"]
+    with_devices: dict[str, Any] = {"path": [site], "env": {"SIM_DEVICES": str(devices)}}
+    apt("train", *words, *on("cpu"), **with_devices)
+    apt("train", *words, *on("sim"), *several, **with_devices)
+    alone = ["--epochs", "2", "--hardware.parallel", "ddp", "--hardware.device", then]
+    apt("train", "--resume", "runs/sim", *alone, **with_devices)
+    runs = profile.parent / "runs"
+    assert losses(runs / "sim") == pytest.approx(losses(runs / "cpu"), rel=TOLERANCE)
+
+
+def test_processes_that_have_no_device_each_are_refused(apt: Apt, site: Path, profile: Path) -> None:
+    more = apt("train", "-p", str(profile), "--nproc", "3", *on("sim"), path=[site], expect=2)
+    assert "3 processes on this machine need a GPU each, and it has 2" in more.stderr
+    assert not (profile.parent / "runs").exists()
+
+
+def test_a_device_that_is_not_there_and_one_that_is_full(apt: Apt, site: Path, profile: Path) -> None:
+    train = ["train", "-p", str(profile)]
+    absent = apt(*train, "--hardware.device", "sim:2", path=[site], expect=2).stderr
+    assert absent.startswith("error: hardware.device: sim:2 is not available on this machine\n  fix: ")
+    assert "cuda is not available" in apt(*train, "--hardware.device", "cuda", path=[site], expect=2).stderr
+    full = apt(*train, path=[site], expect=2, env={"SIM_MEMORY": "600000"}).stderr.splitlines()
+    assert len(full) == 2 and full[0].startswith("error: out of memory: there are no ") and "on sim" in full[0]
+    assert full[1].endswith("take less with --training.batch_size 2 --training.gradient_accumulation 2")
+    small = apt(*train, path=[site], expect=2, env={"SIM_MEMORY": "100000"}).stderr
+    assert "needs at least 0.0 GB for weights, gradients and AdamW's moments" in small and "sim has 0.0 GB" in small
+    apt(*train, "--run-dir", "runs/a", path=[site])
+    generated = apt("generate", "runs/a", "--prompt", "1", path=[site], expect=2, env={"SIM_MEMORY": "60000"}).stderr
+    assert generated.startswith("error: out of memory") and "  fix: ask for less at once" in generated
+
+
+@pytest.mark.parametrize("provider", ["attention:tva_default", "router:topk_moe", "quant:int8"])
+def test_the_kit_builds_layers_there(apt: Apt, site: Path, provider: str) -> None:
+    said = apt("plugin-check", provider, "--device", "sim:1", path=[site])
+    assert "failed" not in said.stdout and "warning" not in said.stderr.lower()
+
+
+def test_the_doctor_shows_it(apt: Apt, site: Path) -> None:
+    shown = apt("doctor", path=[site], expect=None).stdout
+    assert shown.count("simulated, 16.0 GiB") == 2
+
+
+def test_what_was_trained_there_is_the_same_elsewhere(apt: Apt, site: Path, profile: Path) -> None:
+    apt("train", "-p", str(profile), *on("sim"), path=[site])
+    apt("quantize", "runs/sim", "--scheme", "int8", "--out", "runs/few", path=[site])
+    measured = [
+        json.loads(apt("eval", run, "--json", "--device", device, path=[site]).stdout)["val_loss"]
+        for run in ("runs/sim", "runs/few")
+        for device in ("sim", "cpu")
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=TOLERANCE)
+    assert measured[2] == pytest.approx(measured[3], rel=TOLERANCE)
