@@ -13,7 +13,7 @@ from warnings import catch_warnings, simplefilter
 from apt.cli.overrides import parse_overrides, split_overrides
 from apt.cli.overview import COMMANDS, answer
 from apt.cli.values import checkpoint, number, whole_number
-from apt.core.catalogue import KINDS, WORDS_OF_OTHERS, how_to_have
+from apt.core.catalogue import KINDS, SECTIONS, how_to_have
 from apt.core.errors import HINT, AptError, UsageError, did_you_mean
 
 NEEDS_COMMAND = "see the commands with: apt --help"
@@ -61,14 +61,30 @@ class Parser(argparse.ArgumentParser):
         option = next((argument for argument in left if argument.startswith("-")), None)
         if option is not None:
             name = option.partition("=")[0]
-            key = _keys_of_the_profile().get(name.replace("_", "-")) if self.prog in TAKE_KEYS else None
             if (fix := how_to_have(name)) is not None:
                 raise UsageError(f"{self.prog}: there is no option {name}", hint=fix)
-            near = key or did_you_mean(name, self._option_string_actions, cutoff=HINT)
-            raise self.usage_error(f"there is no option {name}", near)
+            raise self.usage_error(f"there is no option {name}", self._what_is_near(name))
         if left:
             raise self.usage_error(f"one argument too many: {left[0]!r}")
         return namespace
+
+    def _what_is_near(self, option: str) -> str | None:
+        """What a word that is no option may be meant for: a key of the profile without its section, another option, or
+        nearly such a key."""
+        keys: dict[str, list[str]] = {}
+        if self.prog in TAKE_KEYS:
+            from apt.core.profiles import names_of_keys
+
+            keys = names_of_keys()
+        word = option.lstrip("-").replace("-", "_")
+        near = None if word in keys else did_you_mean(option, self._option_string_actions, cutoff=HINT)
+        if near or not keys:
+            return near
+        key = word if word in keys else did_you_mean(word, keys)
+        sections = {name.rpartition(".")[0] for names in keys.values() for name in names}
+        sections |= {f"model.{section}" for section in SECTIONS}
+        found = keys[key] if key else ()
+        return " or ".join(f"--{name}.KEY" if name in sections else f"--{name}" for name in found) or None
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -408,17 +424,6 @@ def _add_selection(parser: Parser) -> None:
     group.add_argument(
         "--strict", action="store_true", help="make an error of everything that would fall back or be passed over"
     )
-
-
-def _keys_of_the_profile() -> dict[str, str]:
-    """{"--learning-rate": "--training.learning_rate", ...}: what a key may be taken for, and how it is written."""
-    from apt.core.config import RunConfig
-
-    fields = {top: getattr(field.annotation, "model_fields", {}) for top, field in RunConfig.model_fields.items()}
-    keys = {word: f"--{name}" for word, name in WORDS_OF_OTHERS.items()}
-    keys |= {key: f"--{top}.{key}" for top, inner in fields.items() for key in inner}
-    keys |= {top: f"--{top}.KEY" if inner else f"--{top}" for top, inner in fields.items()}
-    return {"--" + key.replace("_", "-"): place for key, place in keys.items()}
 
 
 def _sentence(text: str) -> str:

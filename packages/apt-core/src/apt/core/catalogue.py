@@ -54,6 +54,8 @@ PROVIDERS: dict[tuple[str, str], str] = {
 """(kind, name) -> the requirement that brings it."""
 
 SECTIONS: dict[str, str] = {
+    "tva": "apt-core",
+    "mha": "apt-core",
     "moe": "apt-plugin-moe",
     "bistate": "apt-plugin-align",
     "voting": "apt-core",

@@ -88,7 +88,7 @@ def resolve(
         config = RunConfig.model_validate(data)
         problems = bool_problems(data, config, RunConfig)
     except ValidationError as error:
-        problems = validation_problems(error, RunConfig, data, elsewhere=_names())
+        problems = validation_problems(error, RunConfig, data, elsewhere=names_of_keys())
     raise_problems([*problems, *_stray_keys(data), *_not_finite(data), *_schedule_problems(data)], origins)
     return Profile(config, data, origins, name)
 
@@ -146,6 +146,18 @@ def find_profile(name: str | os.PathLike[str], folder: FilePath = FilePath()) ->
 def is_shipped(path: FilePath) -> bool:
     """Whether a profile is one of those that ship."""
     return path.parent == SHIPPED
+
+
+def names_of_keys() -> dict[str, list[str]]:
+    """{key: its dotted names} of every key of a profile that core knows, under the words of other trainers too."""
+    names: dict[str, list[str]] = {}
+    for top, keys in _fields().items():
+        names.setdefault(top, []).append(top)
+        for key in keys:
+            names.setdefault(key, []).append(f"{top}.{key}")
+    for section in SECTIONS:
+        names.setdefault(section, []).append(f"model.{section}")
+    return {word: [name] for word, name in WORDS_OF_OTHERS.items()} | names
 
 
 def list_profiles() -> list[tuple[str, str]]:
@@ -266,7 +278,7 @@ def _stray_keys(data: Mapping[str, Any]) -> list[Problem]:
             if parent == "model" and key in SECTIONS:
                 message, hint = f"expected a mapping, got {show(value)}", None
             else:
-                message, hint = unknown_key(key, known, _names())
+                message, hint = unknown_key(key, known, names_of_keys())
                 hint = hint or "only a plugin's section may be added, a mapping"
             problems.append(Problem((parent, key), message, hint))
     return problems
@@ -299,18 +311,6 @@ def _fields() -> dict[str, list[str]]:
     from apt.core.config import RunConfig
 
     return {name: list(getattr(field.annotation, "model_fields", ())) for name, field in RunConfig.model_fields.items()}
-
-
-def _names() -> dict[str, list[str]]:
-    """{key: its dotted names} of every key of a profile that core knows, under the words of other trainers too."""
-    names: dict[str, list[str]] = {}
-    for top, keys in _fields().items():
-        names.setdefault(top, []).append(top)
-        for key in keys:
-            names.setdefault(key, []).append(f"{top}.{key}")
-    for section in SECTIONS:
-        names.setdefault(section, []).append(f"model.{section}")
-    return {word: [name] for word, name in WORDS_OF_OTHERS.items()} | names
 
 
 def _plain(value: Any) -> Any:
