@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from lab import Lab, Row
 
 from apt.checkpoint.store import CheckpointStore
+from apt.core.errors import AptWarning
 from apt.core.runs import RunFolder
 from apt.training.metrics import read_metrics
 
@@ -89,7 +91,9 @@ def _fault(lab: Lab, profile: Path, run: Path, fault: str) -> str:
 def _last_record(run: Path) -> dict[str, Any]:
     """Of the run's metrics; empty if there is none yet."""
     path = RunFolder(run).metrics
-    return ([{}, *read_metrics(path)] if path.exists() else [{}])[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AptWarning)  # the line that is being written
+        return ([{}, *read_metrics(path)] if path.exists() else [{}])[-1]
 
 
 def _difference(run: Path, alone: Path) -> str:
