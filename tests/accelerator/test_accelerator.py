@@ -34,6 +34,8 @@ ROUNDED = 0.05
 two levels is rounded to either by the last bit of a sum."""
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
+pytestmark = pytest.mark.timeout(600)  # the first of them waits for the compiler
+
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
