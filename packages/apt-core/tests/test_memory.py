@@ -16,15 +16,17 @@ import torch
 from torch import nn
 
 from apt.core import device as device_module
-from apt.core.config import RunConfig
+from apt.core.config import RunConfig, TrainingConfig
 from apt.core.device import Need, _cgroup_limits, memory_of
 from apt.core.errors import DeviceError
 from apt.core.providers.ffn import FFNProvider
 from apt.core.registry import Registry
 from apt.core.registry import registry as installed
+from apt.core.world import World
 from apt.modeling.compose import ModelBuilder
 from apt.training import memory as memory_module
-from apt.training.memory import check_memory, need_of
+from apt.training.distributed import own_micro_batches
+from apt.training.memory import check_memory, in_less_memory, need_of
 from apt.training.optim import build_optimizer
 from apt.training.trainer import Trainer
 
@@ -171,6 +173,30 @@ def test_a_gpu_has_its_own_and_of_other_devices_nothing_is_known(monkeypatch: py
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace())
     assert memory_of(torch.device("cuda:0")) is None, "its module does not tell"
     assert memory_of(torch.device("mps")) == memory_of(CPU)
+
+
+# Where it has run out
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "accumulation"), [(1, 8, 1), (2, 8, 1), (4, 8, 2), (2, 4, 6), (3, 8, 3)]
+)
+def test_the_same_rows_in_half_the_memory(size: int, batch_size: int, accumulation: int) -> None:
+    def at_once(training: TrainingConfig) -> float:
+        rows = training.batch_size * training.gradient_accumulation
+        return rows / (size * own_micro_batches(training, world))
+
+    world = World(0, size, local_size=size)
+    training = TrainingConfig(batch_size=batch_size, gradient_accumulation=accumulation)
+    *_, batch, _, steps = in_less_memory(training, world).split()
+    less = TrainingConfig(batch_size=int(batch), gradient_accumulation=int(steps))
+    assert less.batch_size * less.gradient_accumulation == batch_size * accumulation
+    assert at_once(less) == at_once(training) / 2
+
+
+def test_a_single_row_is_not_halved() -> None:
+    training = TrainingConfig(batch_size=2, gradient_accumulation=1)
+    assert in_less_memory(training, World(0, 2, local_size=2)).startswith("lower training.batch_size")
 
 
 # Runs

@@ -29,7 +29,7 @@ def before_training(trainer: Trainer, error: BaseException) -> AptError | None:
         return None
     return DeviceError(
         f"{in_a_line(error)} on {trainer.device} in the first batch, or before it",
-        hint=in_less_memory(trainer.config.training),
+        hint=in_less_memory(trainer.config.training, trainer.world),
     )
 
 
@@ -50,7 +50,7 @@ def in_training(trainer: Trainer, error: BaseException, failed: str | None, save
     if is_out_of_memory(error):
         return DeviceError(
             f"{in_a_line(error)} on {trainer.device} in step {trainer.step}; {kept}",
-            hint=f"{in_less_memory(trainer.config.training)}; go on with: {again}",
+            hint=f"{in_less_memory(trainer.config.training, trainer.world)}; go on with: {again}",
         )
     if isinstance(error, AptError) or not isinstance(error, Exception):
         return None

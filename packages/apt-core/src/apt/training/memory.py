@@ -11,7 +11,9 @@ from apt.core.device import Need, estimate_memory, memory_of
 from apt.core.errors import DeviceError
 from apt.core.in_use import ProvidersInUse
 from apt.core.registry import Registry
+from apt.core.world import World
 from apt.modeling.compose import ModelBuilder
+from apt.training.distributed import own_micro_batches
 
 
 def check_memory(
@@ -44,14 +46,16 @@ def check_memory(
     )
 
 
-def in_less_memory(training: TrainingConfig) -> str:
-    """What to do where a run's memory has run out: the same rows in more and smaller micro-batches, as options of the
-    command, if a micro-batch can be halved."""
-    if training.batch_size % 2:
+def in_less_memory(training: TrainingConfig, world: World) -> str:
+    """What to do where a run's memory has run out: the same rows in smaller micro-batches, as options of the command,
+    if what a process computes at once can be halved."""
+    micro_batches = world.size * own_micro_batches(training, world)
+    rows = training.batch_size * training.gradient_accumulation // micro_batches
+    if rows % 2:
         return "lower training.batch_size or model.max_seq_len"
     return (
-        f"the same steps take less with --training.batch_size {training.batch_size // 2} "
-        f"--training.gradient_accumulation {2 * training.gradient_accumulation}"
+        f"the same steps take less with --training.batch_size {rows // 2} "
+        f"--training.gradient_accumulation {2 * micro_batches}"
     )
 
 
