@@ -124,7 +124,7 @@ def shifted_clock(seconds: float) -> Iterator[None]:
         time.time, time.time_ns = clock, clock_ns
 
 
-# Two trainers
+# Several trainers
 
 
 def trainers(lab: Lab, smoke: bool) -> Row:

@@ -75,7 +75,8 @@ def pick_device(name: str = "auto") -> torch.device:
         ) from error
     if device.type == "cpu":
         return device
-    if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count_devices(device.type):
+    is_there = accelerator is not None and device.type == accelerator.type
+    if not is_there or (device.index or 0) >= torch.accelerator.device_count():
         raise DeviceError(f"hardware.device: {name} is not available on this machine", hint="use auto or cpu")
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)  # kernels that look at no tensor run on the current one
@@ -142,7 +143,7 @@ def describe_hardware() -> Hardware:
     gpus = []
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None:
-        of_each = [_properties(torch.device(found.type, index)) for index in range(count_devices(found.type))]
+        of_each = [_properties(torch.device(found.type, index)) for index in range(torch.accelerator.device_count())]
         gpus = [(properties.name, properties.total_memory) for properties in of_each if properties is not None]
     memory = memory_of(torch.device("cpu")) or 0
     return Hardware(_cpu_name(), cores, memory, free_memory(), cpu_has_bf16(), tuple(gpus))
