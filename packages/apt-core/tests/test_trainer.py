@@ -746,12 +746,11 @@ def test_a_full_disk_on_resume_leaves_the_profile_whole(config: Config, monkeypa
     run = interrupted_run(config, 5)
     before = run.profile.read_bytes()
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path) -> None:
         if path.name.startswith("profile"):
             raise OSError(28, "No space left on device")
-        path.write_bytes(data)
 
-    monkeypatch.setattr("apt.checkpoint.durable.write", full)
+    monkeypatch.setattr("apt.checkpoint.durable.sync", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         resumed(run)
     assert run.profile.read_bytes() == before

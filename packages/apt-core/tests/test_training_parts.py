@@ -164,7 +164,7 @@ def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_the_first_signal_asks_and_the_second_acts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 0.0)
     seen = []
@@ -175,7 +175,7 @@ def test_the_first_signal_asks_and_the_second_acts(
             os.kill(os.getpid(), signal.SIGTERM)
             assert request.signum == signal.SIGTERM
             assert not seen
-            assert "stopping after this step" in capsys.readouterr().err
+            assert "stopping after this step" in capfd.readouterr().err
             monkeypatch.setattr("apt.training.signals.BOUNCE_SECONDS", 60.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert not seen, "so soon, it is the same press of the key"

@@ -8,7 +8,9 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from apt.core.errors import CheckpointError
 
@@ -52,16 +54,32 @@ def replace(path: Path, data: bytes) -> None:
     Raises:
         CheckpointError: it cannot be written; the message says why.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         make_folder(path.parent)
-        write(temporary, data)
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise cannot_write(error, path, len(data)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well. One process at a time does this.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise cannot_write(error, path, len(data)) from error
+        raise
 
 
 def sha256(path: Path) -> str:

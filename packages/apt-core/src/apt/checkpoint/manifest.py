@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 
 from apt.checkpoint.durable import sha256
 from apt.core.errors import AptWarning, CheckpointError
@@ -141,3 +143,18 @@ def verify(folder: Path, step: int, *, weights_only: bool = False) -> dict[str, 
             f"{folder} also holds {', '.join(sorted(strangers))}, which is passed over", AptWarning, stacklevel=5
         )
     return manifest
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong over files that are as their manifest says into a CheckpointError: they, and it, were
+    written by something else than a store."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (*DAMAGE, SafetensorError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder} is damaged ({type(error).__name__}: {text})", hint="load another step"
+        ) from error

@@ -16,9 +16,7 @@ is found under that name if the run dies just then. At whatever moment a run die
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import os
 import shutil
 import warnings
@@ -36,7 +34,6 @@ from apt.checkpoint.averages import averages
 from apt.checkpoint.codec import decode, encode, portable, split
 from apt.checkpoint.durable import cannot_write, make_folder, sha256, sync, system_code, write
 from apt.checkpoint.manifest import (
-    DAMAGE,
     FORMAT,
     MANIFEST,
     MODEL,
@@ -44,10 +41,11 @@ from apt.checkpoint.manifest import (
     TENSORS,
     folders_of,
     is_of_weights,
-    read_manifest,
+    readable,
     seal,
     verify,
 )  # fmt: skip
+from apt.checkpoint.retention import best_of, prune, remove
 from apt.core.errors import AptWarning, CheckpointError
 from apt.core.world import own_part
 
@@ -173,7 +171,7 @@ class CheckpointStore:
                     os.replace(final, final.with_name(final.name + ".old"))
                 os.replace(temporary, final)
             sync(self.folder)
-        self._prune(step)
+        prune(self.folder, step, self.keep_last, self.keep_best, self.keep_every)
         return final
 
     def steps(self) -> list[int]:
@@ -186,23 +184,7 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step with the lowest finite `metrics["val_loss"]`, the first of several; None if there is none."""
-        return self._best()[0]
-
-    def _best(self) -> tuple[int | None, set[int]]:
-        """The best, and the steps of which the system does not say now what they are: any may be the best."""
-        losses: dict[int, float] = {}
-        unread: set[int] = set()
-        for step, folder in sorted(self._folders().items()):
-            try:
-                with _readable(folder):
-                    loss = float(decode(read_manifest(folder, step)["metrics"], {}).get("val_loss", math.nan))
-            except CheckpointError as error:
-                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                    unread.add(step)
-                continue
-            if math.isfinite(loss):
-                losses[step] = loss
-        return min(losses, key=losses.__getitem__, default=None), unread
+        return best_of(self._folders())[0]
 
     def load(self, step: int | None = None) -> Checkpoint:
         """Read a checkpoint, every file of it verified. Its tensors are on the CPU, in memory of their own.
@@ -284,31 +266,11 @@ class CheckpointStore:
         for path in self.folder.glob("step-*.old"):
             final = path.with_suffix("")
             if final.exists():
-                _remove(path)
+                remove(path)
             else:
                 os.replace(path, final)
         for path in self.folder.glob("step-*.tmp"):
-            _remove(path)
-
-    def _prune(self, current: int) -> None:
-        folders = self._folders()
-        past = [step for step in sorted(folders) if step <= current]
-        best, unread = self._best() if self.keep_best else (None, set())
-        kept = {*past[-self.keep_last :], *self._milestones(past), best, *unread}
-        for step in past:
-            if step not in kept:
-                _remove(folders[step])
-        _remove(self.folder / f"step-{current:08d}.old")
-
-    def _milestones(self, steps: list[int]) -> list[int]:
-        """The first of the ascending `steps` at or after each multiple of `keep_every`, but for the multiple 0. What is
-        the first once stays the first, for it is kept."""
-        if self.keep_every is None:
-            return []
-        firsts: dict[int, int] = {}
-        for step in steps:
-            firsts.setdefault(step // self.keep_every, step)
-        return [step for multiple, step in firsts.items() if multiple > 0]
+            remove(path)
 
 
 def _split_states(states: dict[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
@@ -350,7 +312,7 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any], like: Like | None
         like: makes the tensors to read into, given how its states are built; see `read_shards`. None: each is read as a
             whole.
     """
-    with _readable(folder):
+    with readable(folder):
         states = json.loads((folder / STRUCTURE).read_bytes())
         if like is None and manifest["format"] == FORMAT:
             model, tensors = _read_tensors(folder / MODEL), _read_tensors(folder / TENSORS)
@@ -377,7 +339,7 @@ def _load(folder: Path, step: int) -> Checkpoint:
 
 def _load_weights(folder: Path, step: int) -> tuple[int, dict[str, Tensor]]:
     manifest = verify(folder, step, weights_only=True)
-    with _readable(folder):
+    with readable(folder):
         if manifest["format"] == FORMAT:
             return step, _read_tensors(folder / MODEL)
         from apt.checkpoint.shards import WEIGHTS, read_shards
@@ -394,21 +356,6 @@ def _load_with_optimizer(folder: Path, step: int) -> tuple[int, dict[str, Tensor
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     # What load_file returns are windows on the file: unaligned, and at the mercy of whoever writes to it.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn whatever goes wrong over files that are as their manifest says into a CheckpointError: they, and it, were
-    written by something else than a store."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (*DAMAGE, SafetensorError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{folder} is damaged ({type(error).__name__}: {text})", hint="load another step"
-        ) from error
 
 
 @contextmanager
@@ -430,15 +377,3 @@ def explained(path: Path, needed: int) -> Iterator[None]:
         if not isinstance(error, OSError) and system_code(error) is None:
             raise
         raise cannot_write(error, path, needed) from error
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder so that it is at no moment half a checkpoint; what cannot be removed is named and stays."""
-    doomed = path.with_suffix(".tmp")
-    try:
-        if path != doomed:
-            os.replace(path, doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            warnings.warn(f"cannot remove the old checkpoint {path}: {error.strerror}", AptWarning, stacklevel=4)

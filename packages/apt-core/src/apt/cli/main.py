@@ -15,6 +15,8 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What shells report for a program that SIGINT or SIGPIPE ended."""
 
+SHOW_CURSOR = b"\x1b[?25h"
+
 SECONDS_TO_SPEAK = 2.0
 """How long a process that leaves the word to the first one stays: a launcher ends them all as soon as one is gone."""
 
@@ -51,7 +53,7 @@ def report(command: Callable[[], int], *, debug: bool = False) -> int:
         _discard_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -73,8 +75,12 @@ def _leaving_on_interrupt() -> Iterator[None]:
         return
 
     def leave(signum: int, frame: object) -> None:
+        if (cache := sys.modules.get("apt.core.cache")) is not None:
+            cache.remove_unfinished()
         if _is_first():
-            os.write(2, b"\ninterrupted\n")
+            with suppress(OSError):
+                # A bar of progress may have hidden the cursor.
+                os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + b"\ninterrupted\n")
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, leave)
@@ -167,10 +173,12 @@ def _tell(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    """To standard error, without what would steer the terminal: messages quote what files and their names hold."""
+    """To standard error, without what would steer the terminal: messages quote what files and their names hold. Where
+    it is closed or full, what is said is lost, and nothing else."""
     from apt.cli.screen import CONTROLS
 
-    print(text.translate(CONTROLS), file=sys.stderr)
+    with suppress(OSError, ValueError):
+        print(text.translate(CONTROLS), file=sys.stderr)
 
 
 def _is_first() -> bool:

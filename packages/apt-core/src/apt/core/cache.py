@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import secrets
 import shutil
@@ -24,6 +25,7 @@ TAG_TEXT = (
 )
 
 UNFINISHED = ".tmp"
+_being_written: set[Path] = set()
 UNFINISHED_SECONDS = 3600.0
 """A file being written that has not grown for so long belongs to a process that died."""
 
@@ -121,6 +123,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     The bytes go to a file beside it, reach the disk, and take its place when the block ends well.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}")
+    _remove_stale(path)
+    _being_written.add(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -131,6 +135,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         raise
+    finally:
+        _being_written.discard(temporary)
     # The rename itself must outlive a power cut too. Not every system opens a folder (Windows does not).
     with suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
@@ -138,6 +144,21 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing: it leaves at once."""
+    for path in list(_being_written):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what processes that died have left of the file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                left.unlink()
 
 
 def _writable(folder: Path) -> Path:

@@ -18,7 +18,7 @@ def open_file(path: Path) -> BufferedReader:
     Raises:
         OSError: it cannot be read, or is a folder, a pipe or a device; `strerror` says which.
     """
-    return open(path, "rb", opener=_only_a_file)
+    return open(path, "rb", opener=only_a_file)
 
 
 def read_file(path: Path, largest: int = LARGEST) -> bytes:
@@ -33,7 +33,12 @@ def read_file(path: Path, largest: int = LARGEST) -> bytes:
         return file.read()
 
 
-def _only_a_file(path: str, flags: int) -> int:
+def only_a_file(path: str, flags: int) -> int:
+    """Open a file as `open` asks its `opener` to.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or a device.
+    """
     # Without the flag, to open a pipe that nobody writes to would wait for ever.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode

@@ -85,12 +85,18 @@ class _Manager(pluggy.PluginManager):
     """Takes plain objects too: their methods count as implementations where the names match."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        if not isinstance(plugin, types.ModuleType) and name in SPEC_NAMES:
+        if isinstance(plugin, types.ModuleType):
+            return super().parse_hookimpl_opts(plugin, name)
+        if name in SPEC_NAMES:
             method = getattr(plugin, name)
-            marked = getattr(method, f"{hookspecs.PROJECT}_impl", None)
-            return marked or ({} if inspect.isroutine(method) else None)
-        # Looking at other attributes of a plain object could run its properties.
-        return super().parse_hookimpl_opts(plugin, name) if isinstance(plugin, types.ModuleType) else None
+            return _mark(method) or ({} if inspect.isroutine(method) else None)
+        # Without running the properties of a plain object.
+        return _mark(inspect.getattr_static(plugin, name, None))
+
+
+def _mark(method: object) -> Any:
+    """What `@hookimpl` says of it; None if it does not carry that."""
+    return getattr(method, f"{hookspecs.PROJECT}_impl", None) if inspect.isroutine(method) else None
 
 
 SPEC_NAMES = {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
@@ -202,7 +208,7 @@ class Hooks:
 
     @contextmanager
     def forgiving(self) -> Iterator[None]:
-        """Inside this block a failed effect stops nothing: the run is ending, and is to be saved."""
+        """Inside this block a failed effect stops nothing: the run is ending already."""
         before, self.on_plugin_error = self.on_plugin_error, "drop"
         try:
             yield
@@ -354,8 +360,11 @@ class Hooks:
 
 
 def has_hooks(obj: object) -> bool:
-    """Whether an object has a method with the name of a hook."""
-    return any(callable(getattr(type(obj), name, None)) for name in SPEC_NAMES)
+    """Whether an object has a method with the name of a hook, or one that is marked as another's."""
+    kind = type(obj)
+    return any(callable(getattr(kind, name, None)) for name in SPEC_NAMES) or any(
+        _mark(inspect.getattr_static(kind, name, None)) for name in dir(kind)
+    )
 
 
 def _check_implementation(name: str, caller: Any, plugin: object) -> None:

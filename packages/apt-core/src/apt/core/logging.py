@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
+
+from apt.core.files import only_a_file
 
 logging.getLogger("apt").addHandler(logging.NullHandler())
 
@@ -47,11 +51,32 @@ def setup_logging(log_file: str | Path | None = None, level: int | str = logging
     return logger
 
 
+class _RunLog(logging.FileHandler):
+    """What cannot be written is left out: the run says itself what it cannot save, and a full disk must not end it."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=only_a_file)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The base class would print a traceback."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """What is still in the buffer may not find room either."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def log_to_file(logger: logging.Logger, path: Path) -> Iterator[None]:
     """Append what `logger` says to `path` inside this block. Each run has a logger of its own, so that two runs in one
-    process do not mix."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    process do not mix.
+
+    Raises:
+        OSError: it cannot be written to, or is no file.
+    """
+    handler = _RunLog(path)
     handler.setFormatter(logging.Formatter(_FORMAT))
     logger.addHandler(handler)
     level = logger.level

@@ -53,7 +53,7 @@ class RunFolder:
         return self.profile.is_file()
 
     def has_checkpoints(self) -> bool:
-        return any(self.checkpoints.glob("step-*"))
+        return any(path.suffix != ".tmp" for path in self.checkpoints.glob("step-*"))  # that was never whole
 
 
 def new_run(output_dir: str | Path, name: str) -> RunFolder:

@@ -105,6 +105,9 @@ class Schedule:
             raise ConfigError(".".join(("schedules", *fault.path)) + ": " + fault.message, hint=fault.hint)
         self.steps_per_epoch: int | None = None
         """Optimizer steps in one epoch; whoever knows it sets it before a schedule that goes by step is read."""
+        self.total_steps: int | None = None
+        """The step that the run ends with, where it is another one than its epochs come to: a run that goes on with
+        another batch size has had epochs of another length."""
         self._constants: dict[str, float] = {}
         self._anneals: dict[str, Anneal] = {}
         self._enables: dict[str, tuple[Unit, int]] = {}
@@ -181,6 +184,8 @@ class Schedule:
         """The length of the run; in steps, None while it is unknown."""
         if unit == "epoch":
             return self.max_epochs
+        if self.total_steps is not None:
+            return self.total_steps
         ends = [self.max_epochs * self.steps_per_epoch] if self.steps_per_epoch is not None else []
         return min([*ends, self.max_steps] if self.max_steps is not None else ends, default=None)
 

@@ -84,14 +84,18 @@ def share_cores(world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_size))
 
 
+def seed_all(seed: int) -> None:
+    """Begin all the generators that a plugin may draw from anew: torch's, Python's and NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def own_numbers(world: World, seed: int, step: int) -> None:
     """Let every process draw numbers of its own in a step: process 0 goes on as it would alone, the others begin anew,
     so that their generators are no part of a checkpoint."""
     if not world.is_first:
-        own = np.random.SeedSequence((seed, step, world.rank)).generate_state(3)
-        torch.manual_seed(int(own[0]))
-        random.seed(int(own[1]))
-        np.random.seed(int(own[2]))
+        seed_all(int(np.random.SeedSequence((seed, step, world.rank)).generate_state(1)[0]))
 
 
 def reduced(batch_loss: BatchLoss, model: nn.Module, world: World) -> nn.Module:

@@ -88,8 +88,8 @@ class FiniteGuard:
         nothing is."""
         if not trainer.window.is_finite():
             return self.of_losses(trainer, trainer.window.losses)
-        if not all_finite(trainer.model.parameters()):
-            return "the weights"
+        if wrong := _wrong_in_model(trainer.model):
+            return wrong
         state = [value for values in trainer.optimizer.state.values() for value in values.values()]
         return "" if all_finite(value for value in state if isinstance(value, Tensor)) else "the optimizer's state"
 
@@ -108,7 +108,7 @@ class FiniteGuard:
             self.roll_back(trainer, wrong)
             return
         # With weights that are not finite every step to come is wrong, too.
-        lost = not all_finite(trainer.model.parameters())
+        lost = bool(_wrong_in_model(trainer.model))
         if self._skipped > MAX_SKIPPED or trainer.world.maximum([int(lost)])[0]:
             raise self.error(trainer, wrong)
         self._tell(trainer, wrong, "passed over")
@@ -144,3 +144,12 @@ class FiniteGuard:
             if self._culprits and self._culprits in wrong
             else "lower training.learning_rate, or set training.gradient_clip",
         )
+
+
+def _wrong_in_model(model: nn.Module) -> str:
+    if not all_finite(model.parameters()):
+        return "the weights"
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = [own_part(x) for name, x in model.state_dict().items() if name not in names and isinstance(x, Tensor)]
+    # A buffer may well hold infinity: masks do.
+    return "a buffer of the model" if any(bool(x.isnan().any()) for x in kept) else ""

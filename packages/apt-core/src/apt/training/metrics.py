@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoint.durable import replacing
 from apt.core.errors import AptWarning
+from apt.core.files import open_file
 
 
 class MetricsFile:
@@ -24,10 +25,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         if resume_step is not None and path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] < resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                for record in read_metrics(path):
+                    if record["step"] < resume_step:
+                        file.write(_line(record).encode())
         # Line by line: what was logged is in the file, whatever becomes of this process.
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -46,8 +47,12 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics file. A last line that was cut off by a crash is passed over; so is, with an
-    AptWarning, any other that is no record."""
-    with path.open("rb") as file:
+    AptWarning, any other that is no record.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)

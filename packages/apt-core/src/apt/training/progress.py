@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -116,8 +117,9 @@ class Progress:
             self._print(f"{self._title()}: step {step:,}  {numbers}")
 
     def note(self, text: str) -> None:
-        """What a plugin has to say, on a line of its own."""
-        self._print(text)
+        """What a plugin has to say, on a line of its own. Not being read is no reason to fail: rich would exit."""
+        with suppress(OSError, SystemExit):
+            self._print(text)
 
     def on_evaluation_end(self, metrics: Mapping[str, float], trainer: Any) -> None:
         self._evaluation = dict(metrics)

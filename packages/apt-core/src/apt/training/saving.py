@@ -86,7 +86,7 @@ class RunSaver:
         self._await_shards()
         self._finish()
         self._world.wait_for_all()
-        return self.store.latest()
+        return max((step for step in self.store.steps() if step <= self._trainer.step), default=None)
 
     def rescue(self, error: BaseException, *, between_updates: bool, rng: dict[str, Any] | None, killed: bool) -> bool:
         """Save a run that ends with `error` as it stood after its last whole step; returns whether that was possible.
@@ -103,21 +103,36 @@ class RunSaver:
         is_whole = between_updates and isinstance(error, Exception)
         is_whole = is_whole and not isinstance(error, Interrupted | CheckpointError | NotFiniteError)
         is_whole = is_whole and not self._trainer.guard.wrong_in_state(self._trainer)
+        checkpoint = self._captured(rng) if is_whole and (self._world.is_first or self._sharded) else None
         if self._sharded is not None and isinstance(error, Exception):
-            is_whole = self._all_stand(self._sharded, self._trainer.step if is_whole else None, killed)
+            step = None if checkpoint is None else self._trainer.step
+            checkpoint = checkpoint if self._all_stand(self._sharded, step, killed) else None
         elif self._sharded is not None:
             self._sharded.give_up()
         self._finish()
-        if not is_whole or not (self._world.is_first or self._sharded):
+        if checkpoint is None:
             return False
-        if rng is not None:
-            set_torch_rng_state(rng)
         try:
-            self._saver.save(capture(self._trainer), wait=True)
+            self._saver.save(checkpoint, wait=True)
         except Exception as failed:
             self._trainer.logger.error("it could not be saved either: %s", failed)
             return False
         return True
+
+    def _captured(self, rng: dict[str, Any] | None) -> Checkpoint | None:
+        """The run that ends, if it is worth saving. Without the state of a plugin that does not give it, it is not,
+        where there is a checkpoint that has it: it would take that one's place."""
+        hooks = self._trainer.hooks
+        if rng is not None:
+            set_torch_rng_state(rng)
+        try:
+            with hooks.forgiving():
+                checkpoint = capture(self._trainer)
+        except Exception as failed:
+            self._trainer.logger.error("it could not be saved either: %s", failed)
+            return None
+        lacks = any(failure.effect and failure.hook == "on_checkpoint_save" for failure in hooks.failures)
+        return None if lacks and hooks.on_plugin_error == "stop" and self.store.steps() else checkpoint
 
     def _write_shards(self, checkpoint: Checkpoint, wait: bool) -> None:
         """Save together with the other processes: in a thread, whoever waits for it, so that one that is killed in the

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +78,9 @@ def catch_signals() -> Iterator[StopRequest]:
         if request.signum is None:
             request.signum, asked_at = signum, time.monotonic()
             if _is_to_be_answered(signum):
-                print("stopping after this step, and saving; once more to leave at once", file=sys.stderr, flush=True)
+                # Past Python's own buffer, which the signal may have found in use; and nobody may be left to read it.
+                with suppress(OSError):
+                    os.write(2, b"stopping after this step, and saving; once more to leave at once\n")
         elif time.monotonic() - asked_at >= BOUNCE_SECONDS:
             heard_at = math.inf  # from here on others are responsible
             for other, handler in before.items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from apt.checkpoint.codec import encode
 from apt.checkpoint.lock import requirement_of_listener
 from apt.checkpoint.rng import rng_state, set_rng_state
@@ -17,15 +20,11 @@ if TYPE_CHECKING:
 
 
 def capture(trainer: Trainer) -> Checkpoint:
-    """The run as it stands between two steps."""
-    states = dict(trainer.carried_states)
-    for plugin, state in trainer.hooks.call("on_checkpoint_save", trainer=trainer):
-        try:
-            encode(state, plugin)
-            states[plugin] = state
-        except CheckpointError as error:
-            # One plugin's mistake must not cost the run its checkpoint.
-            trainer.hooks.report(plugin, "on_checkpoint_save", error)
+    """The run as it stands between two steps.
+
+    Raises:
+        TrainingError: a plugin does not give its state, and plugins' failures are to stop the run.
+    """
     return Checkpoint(
         step=trainer.step,
         epoch=trainer.epoch,
@@ -33,7 +32,7 @@ def capture(trainer: Trainer) -> Checkpoint:
         model=trainer.model.state_dict(),
         optimizer=trainer.optimizer.state_dict(),
         rng=rng_state(),
-        plugins=states,
+        plugins=_states_of_plugins(trainer),
         metrics=trainer.metrics if trainer.evaluated_step == trainer.step else {},
         extra={
             "best_val_loss": trainer.best_val_loss,
@@ -58,8 +57,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.step, trainer.epoch, trainer.batch_index = checkpoint.step, checkpoint.epoch, checkpoint.batch_index
     trainer.epoch_closed = checkpoint.extra["epoch_closed"]
     _deal_on(trainer, checkpoint.extra["dealing"])
-    trainer.total_steps = trainer.last_step()
+    trainer.measure()
     trainer.best_val_loss = checkpoint.extra["best_val_loss"]
+    if checkpoint.metrics:
+        trainer.metrics, trainer.evaluated_step = dict(checkpoint.metrics), checkpoint.step
     if checkpoint.extra["data"] != trainer.data.fingerprint:
         warnings.warn(
             "the text is not the one this run began with; going on with the text as it is now", AptWarning, stacklevel=2
@@ -86,7 +87,7 @@ def _load_parameters(trainer: Trainer, checkpoint: Checkpoint) -> None:
     try:
         trainer.model.load_state_dict(checkpoint.model)
         if checkpoint.extra:
-            trainer.optimizer.load_state_dict(checkpoint.optimizer)
+            _load_optimizer(trainer.optimizer, checkpoint.optimizer)
         else:
             trainer.optimizer.state.clear()  # a model that was made elsewhere has no moments
     except (RuntimeError, ValueError, KeyError) as error:
@@ -98,6 +99,31 @@ def _load_parameters(trainer: Trainer, checkpoint: Checkpoint) -> None:
     # The moments are the checkpoint's; what the profile says (weight decay, betas) is as it says now.
     for group, own in zip(_groups(trainer), settings, strict=True):
         group.update(own)
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`, which casts what it is given to the dtype of the weights, and leaves every tensor in its own:
+    what a plugin keeps of a parameter may be a count, or finer than the weights."""
+    optimizer.load_state_dict(state)
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, parameter in zip(keys, parameters, strict=True):
+        own = optimizer.state.get(parameter, {})
+        for name, value in state["state"].get(key, {}).items():
+            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
+                own[name] = value.to(own[name].device)
+
+
+def _states_of_plugins(trainer: Trainer) -> dict[str, Any]:
+    states = dict(trainer.carried_states)
+    for plugin, state in trainer.hooks.call("on_checkpoint_save", trainer=trainer):
+        try:
+            encode(state, plugin)
+            states[plugin] = state
+        except CheckpointError as error:
+            # One plugin's mistake must not cost the run its checkpoint.
+            trainer.hooks.report(plugin, "on_checkpoint_save", error)
+    return states
 
 
 def _restore_plugins(trainer: Trainer, states: dict[str, Any]) -> None:

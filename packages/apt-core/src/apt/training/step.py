@@ -165,7 +165,7 @@ def dry_run(model: nn.Module, batch: Batch, device: torch.device, autocast: Abst
             accumulate_gradients(BatchLoss(model, autocast), [batch.to(device)])
     except AptError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         raise TrainingError(

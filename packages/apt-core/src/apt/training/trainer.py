@@ -37,7 +37,7 @@ from apt.inference.loading import LoadedRun
 from apt.modeling.compose import ModelBuilder
 from apt.training.choice import choose_plugins
 from apt.training.compiling import CompiledBlocks
-from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, share_cores
+from apt.training.distributed import mean_of, own_device, own_micro_batches, own_numbers, reduced, seed_all, share_cores
 from apt.training.ending import before_training, in_training, interrupted
 from apt.training.finite import FiniteGuard
 from apt.training.memory import check_memory
@@ -187,6 +187,11 @@ class Trainer:
                     stack.enter_context(self.world.unhurried())
                     self._stop = stack.enter_context(catch_signals())
                     self._fit()
+            except SystemExit as error:
+                # Whoever calls it in a layer: a run that stops early never ends with exit code 0.
+                failure = RuntimeError(f"sys.exit({error.code!r}) was called")
+                self._end_early(failure)
+                raise failure from error
             except BaseException as error:
                 self._end_early(error)
                 raise
@@ -194,6 +199,8 @@ class Trainer:
 
     def _fit(self) -> None:
         self._looping, self.window = True, Window(self.data.train.tokens_per_batch)
+        for name in self.schedule.unreached():
+            warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
         self.hooks.call("on_training_start", trainer=self)
         while self.step < self.total_steps or not self.epoch_closed:
             self._run_epoch()
@@ -203,22 +210,22 @@ class Trainer:
         self.hooks.call("on_training_end", trainer=self)
 
     def _run_epoch(self) -> None:
-        training, checkpoint = self.config.training, self.config.checkpoint
         self.epoch_closed = False
         self.hooks.call("on_epoch_start", epoch=self.epoch, trainer=self)
+        if self.batch_index and self._is_due(self.config.training.eval_every) and self.evaluated_step != self.step:
+            self._evaluate_and_save()  # the run was stopped before it came to that
         for batch in self.data.train.epoch(self.epoch, start=self.batch_index, share=self._share):
-            if self.step == self.total_steps:
+            if self.step >= self.total_steps:
                 break
             self._run_step(batch.to(self.device))
             if self._signum is not None:
+                self._log()
                 self._save(wait=True)
                 raise interrupted(self, self._signum)
             self.saver.check()
-            if self.step == self.total_steps or self.batch_index >= self.steps_per_epoch:
+            if self.step >= self.total_steps or self.batch_index >= self.steps_per_epoch:
                 break
-            improved = self._evaluate() if self._is_due(training.eval_every) else False
-            if (improved and checkpoint.keep_best) or self._is_due(checkpoint.every):
-                self._save()
+            self._evaluate_and_save()
         self._log()
         self._evaluate(answers=True)
         self.hooks.call("on_epoch_end", epoch=self.epoch, trainer=self)
@@ -226,6 +233,13 @@ class Trainer:
         if self.batch_index >= self.steps_per_epoch:
             self.epoch, self.batch_index = self.epoch + 1, 0
         self._save()
+
+    def _evaluate_and_save(self) -> None:
+        """Between two steps of an epoch, what is due there."""
+        checkpoint = self.config.checkpoint
+        improved = self._evaluate() if self._is_due(self.config.training.eval_every) else False
+        if (improved and checkpoint.keep_best) or self._is_due(checkpoint.every):
+            self._save()
 
     def _run_step(self, batch: Batch) -> None:
         step, training = self.step, self.config.training
@@ -356,7 +370,7 @@ class Trainer:
         if self.device.type == "cpu":
             tune_cpu_memory()
         check_memory(config, self.registry, self.device, config.model.vocab_size, shards)
-        torch.manual_seed(training.seed)
+        seed_all(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
         with self.world.one_first("data"):
             self.data = prepare_data(
@@ -364,10 +378,8 @@ class Trainer:
             )
         self.tokenizer = self.data.tokenizer
         self.steps_per_epoch = len(self.data.train)
-        self.total_steps = self.last_step()
         self.schedule.steps_per_epoch = self.steps_per_epoch
-        for name in self.schedule.unreached():
-            warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
+        self.measure()
         builder = ModelBuilder(config, self.in_use, device=self.device, trains=True)
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         if vocab_size < self.tokenizer.vocab_size:
@@ -398,12 +410,13 @@ class Trainer:
         self._batch_loss = BatchLoss(CompiledBlocks(self.model) if training.compile else self.model, self._autocast)
         self._monitor = ResourceMonitor()
 
-    def last_step(self) -> int:
-        """The step that the run ends with, seen from where it stands. Steps are not always a multiple of an epoch's: in
-        a run that goes on with another batch size its epochs have had other numbers of them."""
+    def measure(self) -> None:
+        """Set the step that the run ends with, seen from where it stands. Steps are not always a multiple of an
+        epoch's: in a run that goes on with another batch size its epochs have had other numbers of them."""
         training = self.config.training
         left = (training.max_epochs - self.epoch) * self.steps_per_epoch - self.batch_index
-        return min(self.step + left, training.max_steps or 2**62)
+        self.total_steps = min(self.step + left, training.max_steps or 2**62)
+        self.schedule.total_steps = self.total_steps
 
     # The end
 
@@ -412,10 +425,10 @@ class Trainer:
         failed = self.world.first_failure(error)
         self.logger.error("the run ends early: %s", error, exc_info=error)
         killed = isinstance(error, PeerLostError) and failed is None
+        saved = self._looping and self.saver.rescue(
+            error, between_updates=not self._updating, rng=self._rng_before_step, killed=killed
+        )
         with self.hooks.forgiving():
-            saved = self._looping and self.saver.rescue(
-                error, between_updates=not self._updating, rng=self._rng_before_step, killed=killed
-            )
             self.hooks.call("on_exception", error=error, trainer=self)
         self.world.end_together()
         told = in_training(self, error, failed, saved) if self._looping else before_training(self, error)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -81,10 +81,12 @@ def plain_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """What of `values` is a number, as plain numbers; what is not is passed over with a warning."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            numbers[name] = value.item()
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if isinstance(value, Integral):
+            numbers[name] = int(value)
         elif isinstance(value, Real):
-            numbers[name] = value  # type: ignore[assignment]
+            numbers[name] = float(value)
         else:
             kind = type(value).__name__
             warnings.warn(f"the metric {name!r} is passed over: it is no number but {kind}", AptWarning, stacklevel=2)
