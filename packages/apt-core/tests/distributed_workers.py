@@ -55,7 +55,8 @@ def run(
     Args:
         results: a folder to exchange files in, new or empty.
         hooks: (name, argument) of hooks of this module, made in every process.
-        options: of the trainer; and `register`, the modules of plugins that need not be installed.
+        options: of the trainer; `register`, the modules of plugins that need not be installed; and `again`, whether
+            another run of the profile goes before this one in the same processes.
 
     Returns:
         For each process, in order of rank: "error" (its class's name or None), "message", "code" (the exit code), and
@@ -147,6 +148,7 @@ def _work(
     registry.list_providers()
     for module in options.pop("register", ()):
         importlib.import_module(module).apt_register_providers(registry)
+    again = options.pop("again", False)
     said: dict[str, Any] = {"error": None, "warnings": []}
     code = 0
     try:
@@ -158,6 +160,9 @@ def _work(
             for name, argument in hooks:
                 trainer.register_hook(globals()[name](argument, said))
             try:
+                if again:
+                    left = Trainer(config, quiet=True)
+                    left.train()
                 trainer.train()
             finally:
                 said["warnings"] = [str(warning.message) for warning in caught]
@@ -267,6 +272,110 @@ class BrokenLayer:
                 raise RuntimeError("the fuse blew")
 
         model.blocks[0].register_forward_pre_hook(blow)
+
+
+class FailInHook:
+    """A hook that fails in one of the processes: (its name, at which step or None for any, rank, what it says)."""
+
+    def __init__(self, argument: tuple[str, int | None, int, str], said: dict[str, Any]) -> None:
+        name, self.step, self.rank, self.text = argument
+        self.hook = name
+        setattr(type(self), name, FailInHook._fail)
+
+    def _fail(self, trainer: Any) -> None:
+        if self.step in (None, trainer.step) and _rank() == self.rank:
+            raise RuntimeError(self.text)
+
+
+class StuckDevice:
+    """Has one of the processes, (rank), believe that its device waits for the others for ever."""
+
+    def __init__(self, argument: int, said: dict[str, Any]) -> None:
+        self.rank, self.said = argument, said
+
+    def on_training_start(self, trainer: Any) -> None:
+        from apt.training import saving
+
+        if _rank() == self.rank:
+            saving.comes_to_an_end = lambda *_: False
+            trainer.guard.wrong_in_state = self._wait
+
+    def _wait(self, trainer: Any) -> str:
+        if trainer.step % 6:
+            raise AssertionError("that would wait for ever")
+        return ""
+
+
+class BrokenDevice:
+    """A device that fails in the forward of a step and from there on whatever it is asked."""
+
+    def __init__(self, argument: int, said: dict[str, Any]) -> None:
+        self.step = argument
+
+    def on_before_optimizer_step(self, trainer: Any) -> None:
+        if trainer.step == self.step:
+            trainer.guard.wrong_in_state = self._fail
+            self._fail()
+
+    def _fail(self, *_: Any) -> str:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class Buffers:
+    """Gives the model buffers of kinds that not every transport knows, with other numbers in each process."""
+
+    def __init__(self, argument: Any, said: dict[str, Any]) -> None:
+        self.said = said
+
+    def on_model_built(self, model: Any) -> None:
+        import torch
+
+        for name in ("int16", "float8_e4m3fn", "bool", "complex64"):
+            model.register_buffer(name, torch.full((3,), _rank()).to(getattr(torch, name)))
+
+    def on_training_start(self, trainer: Any) -> None:
+        buffers = dict(trainer.model.named_buffers())
+        self.said["buffers"] = [
+            float(buffers[name].float().abs().sum()) for name in ("int16", "float8_e4m3fn", "bool")
+        ] + [float(buffers["complex64"].abs().sum())]
+
+
+class Slow:
+    """Data that one of the processes prepares for so many seconds: (rank, seconds)."""
+
+    def __init__(self, argument: tuple[int, float], said: dict[str, Any]) -> None:
+        self.rank, self.seconds = argument
+
+    def on_config_resolved(self) -> None:
+        from apt.training import trainer
+
+        prepare = trainer.prepare_data
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            if _rank() == self.rank:
+                time.sleep(self.seconds)
+            return prepare(*arguments, **options)
+
+        trainer.prepare_data = slowly
+
+
+class Impatient:
+    """A transport that waits for so many seconds and no longer."""
+
+    def __init__(self, argument: float, said: dict[str, Any]) -> None:
+        self.seconds = argument
+
+    def on_config_resolved(self) -> None:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        init = dist.init_process_group
+
+        def impatient(*arguments: Any, **options: Any) -> None:
+            init(*arguments, timeout=timedelta(seconds=self.seconds), **options)
+
+        dist.init_process_group = impatient
 
 
 class Head:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from apt.core import device as device_module
-from apt.core.config import RunConfig, TrainingConfig
+from apt.core.config import HardwareConfig, RunConfig, TrainingConfig
 from apt.core.device import Need, _cgroup_limits, memory_of
 from apt.core.errors import DeviceError
 from apt.core.providers.ffn import FFNProvider
@@ -136,6 +136,23 @@ def test_what_does_not_fit_is_refused_with_figures_and_a_fix(
         check_memory(config().model_copy(update={"smaller_profile": "tiny"}), registry, torch.device("cuda:1"), 50)
     monkeypatch.setattr(memory_module, "memory_of", lambda _: None)
     check_memory(config(), registry, CPU, 50)
+
+
+@pytest.mark.parametrize(("parallel", "share"), [("ddp", 1), ("fsdp", 4)])
+def test_the_processes_of_a_machine_share_its_memory(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, parallel: str, share: int
+) -> None:
+    """Two of four processes are here; on a GPU of their own it is each one's that counts."""
+    need = need_of(config(), registry, 50)
+    assert need is not None
+    several = config().model_copy(update={"hardware": HardwareConfig.model_validate({"parallel": parallel})})
+    world = World(0, 4, local_size=2)
+    for device, here in ((CPU, 2), (torch.device("cuda:1"), 1)):
+        monkeypatch.setattr(memory_module, "memory_of", lambda _, here=here: here * need.memory / share)
+        check_memory(several, registry, device, 50, world)
+        monkeypatch.setattr(memory_module, "memory_of", lambda _, here=here: here * need.memory / share - 1)
+        with pytest.raises(DeviceError, match="in each of 2 processes"):
+            check_memory(several, registry, device, 50, world)
 
 
 # How much there is

@@ -24,7 +24,7 @@ from apt.training.distributed import reduced
 from apt.training.finite import all_finite
 from apt.training.optim import build_optimizer
 from apt.training.sharding import ShardedLoss, is_sharded, shard, whole
-from apt.training.step import BatchLoss, accumulate_gradients, update
+from apt.training.step import BatchLoss, accumulate_gradients, clip_gradients, update
 
 
 class Alone(World):
@@ -85,7 +85,8 @@ def test_steps_are_those_of_the_plain_model(pair: tuple[Any, Any]) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         told = []
         for _ in range(3):
-            told += [accumulate_gradients(loss, [batch(), batch()]).total, update(optimizer, parameters, 0.01, 1.0)]
+            told += [accumulate_gradients(loss, [batch(), batch()]).total, clip_gradients(parameters, 1.0)]
+            update(optimizer, 0.01)
         losses.append(torch.stack([own_part(number) for number in told]))  # type: ignore[arg-type]
         assert len(optimizer.param_groups[1]["params"]) == len(
             [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith("attention.w")]

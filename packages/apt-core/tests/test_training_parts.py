@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,7 +28,8 @@ from apt.data.loader import Batch
 from apt.training.metrics import MetricsFile, read_metrics
 from apt.training.optim import build_optimizer, learning_rate
 from apt.training.signals import Interrupted, catch_signals
-from apt.training.step import BatchLoss, accumulate_gradients, cross_entropy, update
+from apt.training.step import BatchLoss, accumulate_gradients, clip_gradients, cross_entropy, update
+from apt.training.window import plain_numbers
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -130,13 +133,15 @@ def test_update_clips_steps_and_clears() -> None:
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([{"params": [parameter], "lr_scale": 0.5}], lr=123.0)
     parameter.grad = torch.tensor([30.0, 40.0])
-    norm = update(optimizer, [parameter], learning_rate=0.2, clip=1.0)
+    norm = clip_gradients([parameter], 1.0)
+    update(optimizer, learning_rate=0.2)
     assert norm is not None
     assert norm.item() == pytest.approx(50.0)
     torch.testing.assert_close(parameter.detach(), torch.tensor([3.0 - 0.1 * 0.6, 4.0 - 0.1 * 0.8]))
     assert parameter.grad is None
     parameter.grad = torch.tensor([1.0, 0.0])
-    assert update(optimizer, [parameter], learning_rate=1.0, clip=0.0) is None
+    assert clip_gradients([parameter], 0.0) is None
+    update(optimizer, learning_rate=1.0)
 
 
 def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
@@ -161,6 +166,48 @@ def test_a_damaged_line_of_the_metrics_costs_no_other(tmp_path: Path) -> None:
         MetricsFile(path, resume_step=3).on_training_end(None)
     assert len(told) == 4
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["apt.checkpoint.durable.sync", "os.replace"])
+def test_metrics_that_cannot_be_cut_stay_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"event": "train", "step": step}) + "\n" for step in range(5)))
+    before = path.read_bytes()
+
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsFile(path, resume_step=3)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes of this kind")
+def test_metrics_in_a_pipe_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="it is a pipe or a device"):
+        MetricsFile(path, resume_step=3)
+    with pytest.raises(OSError, match="it is a pipe or a device"):
+        next(read_metrics(path))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_metrics_are_plain_numbers_whatever_they_were() -> None:
+    given = {
+        "whole": 3, "narrow": np.float32(0.5), "count": np.int64(7), "quarter": Fraction(1, 4), "yes": True,
+        "scalar": torch.tensor(0.25), "tally": torch.tensor([2]),
+    }  # fmt: skip
+    numbers = plain_numbers(given)
+    assert numbers == {"whole": 3, "narrow": 0.5, "count": 7, "quarter": 0.25, "yes": 1, "scalar": 0.25, "tally": 2}
+    assert {name for name, number in numbers.items() if type(number) is int} == {"whole", "count", "yes", "tally"}
+    assert {name for name, number in numbers.items() if type(number) is float} == {"narrow", "quarter", "scalar"}
+    with pytest.warns(AptWarning, match="the metric 'phase' is passed over: it is no number but Tensor"):
+        assert plain_numbers({"phase": torch.tensor(1j), "fine": 1.5}) == {"fine": 1.5}
 
 
 def test_the_first_signal_asks_and_the_second_acts(
@@ -188,6 +235,29 @@ def test_the_first_signal_asks_and_the_second_acts(
         signal.signal(signal.SIGTERM, before)
     assert Interrupted(signal.SIGTERM, "stopped").exit_code == 143
     assert Interrupted(signal.SIGINT, "stopped").exit_code == 130
+
+
+@pytest.mark.parametrize("how", ["broken", "closed"])
+def test_a_signal_asks_also_where_nobody_is_left_to_be_told(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    kept = os.dup(2)
+    end, pipe = os.pipe()
+    os.close(end)
+    stderr = open(pipe, "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stderr)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("once only asks"))
+    try:
+        with catch_signals() as request:
+            if how == "broken":
+                os.dup2(pipe, 2)
+            else:
+                os.close(2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signum == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.dup2(kept, 2)
+        os.close(kept)
+        stderr.close()
 
 
 STUCK = """

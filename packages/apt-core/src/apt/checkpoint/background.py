@@ -23,10 +23,12 @@ class BackgroundSaver:
 
     Args:
         asynchronous: whether to write in the background; if not, `save` does it all.
+        savers: how many processes of this machine save at the same time.
     """
 
-    def __init__(self, store: CheckpointStore, *, asynchronous: bool = True) -> None:
+    def __init__(self, store: CheckpointStore, *, asynchronous: bool = True, savers: int = 1) -> None:
         self._store = store
+        self._savers = savers
         self._asynchronous = asynchronous
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
@@ -87,7 +89,7 @@ class BackgroundSaver:
             raise failure
 
     def _finds_memory(self, needed: int) -> bool:
-        if free_memory() > SPARE * needed:
+        if free_memory() > SPARE * needed * self._savers:
             return True
         self._asynchronous = False
         warnings.warn(

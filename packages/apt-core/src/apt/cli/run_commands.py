@@ -77,7 +77,7 @@ def run_train_command(args: Namespace) -> int:
 
 def _train_in_processes(count: int, arguments: Sequence[str]) -> int:
     """Run this very command in so many processes."""
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("apt train: --nproc within a launcher, which has started the processes", hint="leave it out")
     kept, rest = [], iter(arguments)
     for argument in rest:

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,23 @@ def release_memory() -> None:
     gc.collect()
     if (accelerator := accelerator_in_use()) is not None:
         accelerator.empty_cache()
+
+
+def comes_to_an_end(device: torch.device, seconds: float) -> bool:
+    """Whether a device does in so many seconds all that it has been given. What waits for another process's part may
+    never end, and whoever asks for its result waits with it."""
+    import torch
+
+    if device.type == "cpu":
+        return True
+    done = torch.Event(device)
+    done.record()
+    expiry = time.monotonic() + seconds
+    while not done.query():
+        if time.monotonic() > expiry:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def accelerator_in_use() -> Any:

@@ -7,6 +7,7 @@ MASTER_ADDR; without them a run is a single process, for which everything here d
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import signal
@@ -37,11 +38,17 @@ SILENCE = 60
 """Seconds after which a machine that does not answer is gone: its power, or the cable. The systems ask each other, also
 where the processes have nothing to say."""
 
+_runs = itertools.count()
+"""Numbers the runs of this process: each process of a run has had as many."""
+
 _LOST = (
     "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting", "Connection timed out",
-    "No route to host", "is unreachable",
+    "No route to host", "is unreachable", "remote process exited",
 )  # fmt: skip
-"""What the transport of gloo says of a process that is gone."""
+"""What the transport says of a process that is gone."""
+
+_TRANSPORTS = ("gloo", "NCCL")
+"""One of these says it too: others, such as a tracker's client, have the same words for losses of their own."""
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -70,6 +77,7 @@ class World:
         self.machine = machine
         self._store: Any = None
         self._on_devices = False
+        self._device: Any = None
         self._wires: set[int] = set()
 
     @classmethod
@@ -82,17 +90,20 @@ class World:
         if variables.get("WORLD_SIZE", "1") == "1":
             return cls()
         missing = [name for name in VARIABLES if name not in variables]
+        wrong = f"the environment lacks {', '.join(missing)}" if missing else ""
         try:
-            rank, size = int(variables.get("RANK", "0")), int(variables["WORLD_SIZE"])
+            rank, size, _ = (int(variables.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
             local_rank, local_size, machine = (
                 int(variables.get(name, default))
                 for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size), ("GROUP_RANK", 0))
             )
+            if not 0 <= rank < size:
+                wrong = wrong or f"RANK is {rank}: it counts from 0 to WORLD_SIZE - 1"
         except ValueError:
-            missing = missing or ["a number in each of " + ", ".join(VARIABLES[:2])]
-        if missing:
+            wrong = wrong or "RANK, WORLD_SIZE and MASTER_PORT are not all numbers"
+        if wrong:
             raise ConfigError(
-                f"WORLD_SIZE is {variables['WORLD_SIZE']}, and the environment lacks {', '.join(missing)}",
+                f"WORLD_SIZE is {variables['WORLD_SIZE']}, and {wrong}",
                 hint="start the processes with: apt train --nproc N, or torchrun; or unset WORLD_SIZE",
             )
         return cls(rank, size, local_rank=local_rank, local_size=local_size, machine=machine)
@@ -115,7 +126,8 @@ class World:
 
         with self.watching():
             store, _, _ = next(rendezvous("env://", self.rank, self.size))
-            self._store = PrefixStore("apt", store)
+            # A name for each run: a launcher's store still holds what the processes told each other in the last one.
+            self._store = PrefixStore(f"apt {next(_runs)}", store)
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
@@ -130,7 +142,7 @@ class World:
             return
         import torch.distributed as dist
 
-        self._on_devices = device.type != "cpu"
+        self._on_devices, self._device = device.type != "cpu", device
         backend = "cpu:gloo"
         if self._on_devices:
             backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -144,8 +156,12 @@ class World:
             _end_in_silence(descriptor)
         try:
             yield
+        except BaseException:
+            self.abandon()
+            raise
         finally:
-            self._leave()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     # What is computed together
 
@@ -210,24 +226,40 @@ class World:
 
     @contextmanager
     def one_first(self, what: str) -> Iterator[None]:
-        """One process of each machine goes through this block; the others of the machine follow when it is through.
+        """One process of each machine goes through this block; the others of the machine follow when it is through, and
+        all go on together: one machine may take hours longer than another, and no transport waits for so long.
 
         Args:
             what: a name for the block; each is entered once.
+
+        Raises:
+            PeerLostError: another process has failed meanwhile.
         """
         if self.size == 1:
             yield
             return
         key = f"{what} {self.machine}"
         if self.local_rank:
-            with self.watching():
-                self._store.wait([key], LONG)
+            self._wait_for(key)
         try:
             yield
         finally:
             if not self.local_rank:
                 with suppress(RuntimeError):
                     self._store.set(key, "")
+        with self.watching():
+            if self._store.add(f"{what} came", 1) == self.size:
+                self._store.set(f"{what} all", "")
+        self._wait_for(f"{what} all")
+
+    def _wait_for(self, key: str) -> None:
+        with self.watching():
+            pause, expiry = 0.02, time.monotonic() + LONG.total_seconds()
+            while not self._store.check([key]):
+                if self._store.check(["failure"]) or time.monotonic() > expiry:
+                    raise PeerLostError("another process of the run has failed")
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
 
     # What is said without waiting for an answer
 
@@ -327,11 +359,13 @@ class World:
                 line.shutdown(socket.SHUT_RDWR)
         self._wires = set()
 
-    def _leave(self) -> None:
+    def abandon(self) -> None:
+        """End what the devices compute together: it may wait for a process that is gone, and would do so for ever."""
         import torch.distributed as dist
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if self._on_devices and dist.is_initialized():
+            with suppress(RuntimeError):  # not every transport can
+                dist.group.WORLD._get_backend(self._device).abort()  # type: ignore[union-attr]
 
 
 def leave(code: int) -> NoReturn:
@@ -373,4 +407,7 @@ def _end_in_silence(descriptor: int) -> None:
 def _is_loss(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    text = str(error)
+    return any(name in text for name in _TRANSPORTS) and any(words in text for words in _LOST)

@@ -22,7 +22,7 @@ from apt.core.config import TrainingConfig
 from apt.core.device import count_devices, pick_device
 from apt.core.errors import ConfigError, DeviceError
 from apt.core.world import World
-from apt.training.sharding import ShardedLoss, is_sharded
+from apt.training.sharding import ShardedLoss, become_as_the_first, is_sharded
 from apt.training.step import BatchLoss
 
 
@@ -109,10 +109,11 @@ def reduced(batch_loss: BatchLoss, model: nn.Module, world: World) -> nn.Module:
         return batch_loss
     if is_sharded(model):
         return ShardedLoss(batch_loss, model)
+    become_as_the_first(model)
     # torch 2.13 gave it another name. What buffers hold, the processes compute alike.
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {sync_buffers: False}
+    options: dict[str, Any] = {sync_buffers: False, "init_sync": False}
     return DistributedDataParallel(batch_loss, gradient_as_bucket_view=True, find_unused_parameters=True, **options)
 
 

@@ -23,8 +23,14 @@ def interrupted(trainer: Trainer, signum: int) -> Interrupted:
     )
 
 
-def before_training(trainer: Trainer, error: BaseException) -> AptError | None:
-    """What to raise for an error that came up while the run was built; None if it says all there is to say."""
+def before_training(trainer: Trainer, error: BaseException, failed: str | None) -> AptError | None:
+    """What to raise for an error that came up while the run was built; None if it says all there is to say.
+
+    Args:
+        failed: which other process failed and with what, if one did that could still say so.
+    """
+    if isinstance(error, PeerLostError) and failed:
+        return PeerLostError(f"{failed}; before the first step")
     if not is_out_of_memory(error):
         return None
     return DeviceError(

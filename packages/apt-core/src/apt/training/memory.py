@@ -14,28 +14,35 @@ from apt.core.registry import Registry
 from apt.core.world import World
 from apt.modeling.compose import ModelBuilder
 from apt.training.distributed import own_micro_batches
+from apt.training.sharding import shards_of
 
 
 def check_memory(
-    config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None, shards: int = 1
+    config: RunConfig, registry: Registry, device: torch.device, vocab_size: int | None, world: World | None = None
 ) -> None:
     """Refuse a model that cannot be trained on `device`, before any of it is allocated.
 
     Args:
         registry: the run's view of the providers, which is left as it is.
         vocab_size: rows of the embedding; while they are not known, nothing is refused.
-        shards: among how many processes the weights are shared out.
+        world: the processes of the run: those of one machine share its memory.
 
     Raises:
         DeviceError: even without activations it does not fit.
     """
+    world = world or World()
     has = memory_of(device)
     need = need_of(config, registry, vocab_size) if has is not None and vocab_size is not None else None
-    if has is None or need is None or need.memory / shards <= has:
+    if has is None or need is None:
         return
     shared = device.type in ("cpu", "mps")
+    here = world.local_size if shared else 1
+    of_each = need.memory / shards_of(config, world)
+    if of_each * here <= has:
+        return
     there = f"there are {has / 1e9:,.1f} GB here" if shared else f"{device} has {has / 1e9:,.1f} GB"
-    needs = f"at least {need.memory / shards / 1e9:,.1f} GB" + (f" in each of {shards} processes" if shards > 1 else "")
+    several = f" in each of {world.local_size} processes" if world.size > 1 else ""
+    needs = f"at least {of_each / 1e9:,.1f} GB{several}"
     smaller = config.smaller_profile
     raise DeviceError(
         f"a model of {_short(need.parameters)} parameters needs {needs} for weights, gradients and AdamW's moments, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apt.checkpoint.background import BackgroundSaver
 from apt.checkpoint.rng import set_torch_rng_state
 from apt.checkpoint.store import Checkpoint, CheckpointStore
+from apt.core.device import comes_to_an_end
 from apt.core.errors import AptWarning, CheckpointError, NotFiniteError
 from apt.core.world import PATIENCE
 from apt.training.sharding import is_sharded
@@ -45,7 +46,8 @@ class RunSaver:
             parameters = dict(trainer.model.named_parameters())
             self._sharded = ShardedStore(folder, *counts, world=self._world, parameters=parameters)
         self.store = self._sharded or CheckpointStore(folder, *counts)
-        self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous)
+        savers = self._world.local_size if self._sharded else 1
+        self._saver = BackgroundSaver(self.store, asynchronous=keep.asynchronous, savers=savers)
 
     def save(self, *, wait: bool = False) -> None:
         """Save, in the background unless told to wait; then no process goes on before it is on the disk.
@@ -102,7 +104,7 @@ class RunSaver:
         """
         is_whole = between_updates and isinstance(error, Exception)
         is_whole = is_whole and not isinstance(error, Interrupted | CheckpointError | NotFiniteError)
-        is_whole = is_whole and not self._trainer.guard.wrong_in_state(self._trainer)
+        is_whole = is_whole and self._is_sound()
         checkpoint = self._captured(rng) if is_whole and (self._world.is_first or self._sharded) else None
         if self._sharded is not None and isinstance(error, Exception):
             step = None if checkpoint is None else self._trainer.step
@@ -118,6 +120,19 @@ class RunSaver:
             self._trainer.logger.error("it could not be saved either: %s", failed)
             return False
         return True
+
+    def _is_sound(self) -> bool:
+        """Whether the state is finite, and the device still gives it."""
+        trainer = self._trainer
+        if self._world.size > 1 and not comes_to_an_end(trainer.device, PATIENCE):
+            trainer.logger.error("%s waits for a process that is gone: what it holds is not saved", trainer.device)
+            self._world.abandon()
+            return False
+        try:
+            return not trainer.guard.wrong_in_state(trainer)
+        except RuntimeError as failed:  # a device that has failed says it again, whatever it is asked
+            trainer.logger.error("it could not be saved either: %s", failed)
+            return False
 
     def _captured(self, rng: dict[str, Any] | None) -> Checkpoint | None:
         """The run that ends, if it is worth saving. Without the state of a plugin that does not give it, it is not,

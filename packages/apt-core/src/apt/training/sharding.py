@@ -39,6 +39,13 @@ def shards_of(config: RunConfig, world: World) -> int:
     return world.size if config.hardware.parallel == "fsdp" else 1
 
 
+def become_as_the_first(model: nn.Module) -> None:
+    """Give a model that every process has all of the weights and buffers of process 0."""
+    for tensor in filter(Tensor.numel, (*model.parameters(), *model.buffers())):
+        tensor.data = tensor.data.contiguous()
+        dist.broadcast(tensor.data.view(-1).view(torch.uint8), 0)  # gloo knows few dtypes
+
+
 def shard(model: nn.Module, world: World, device: torch.device, *, bf16: bool) -> None:
     """Shard a model that every process has built, in place: the weights of process 0, on `device`.
 
@@ -64,9 +71,7 @@ def shard(model: nn.Module, world: World, device: torch.device, *, bf16: bool) -
         "mesh": init_device_mesh(device.type, (world.size,)),
         "mp_policy": half if bf16 else MixedPrecisionPolicy(),
     }
-    for tensor in filter(Tensor.numel, (*model.parameters(), *model.buffers())):
-        tensor.data = tensor.data.contiguous()
-        dist.broadcast(tensor.data.view(-1).view(torch.uint8), 0)  # gloo knows few dtypes
+    become_as_the_first(model)
     for module in [module for module in model.modules() if isinstance(module, TransformerBlock)]:
         move(module, device)
         fully_shard(module, **options)

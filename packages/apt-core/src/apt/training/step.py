@@ -122,24 +122,25 @@ def _shares(micro_batches: Sequence[Batch], world: World) -> Sequence[float | Te
     return (counts / world.mean(counts.sum())).unbind()
 
 
-def update(
-    optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float, clip: float
-) -> Tensor | None:
-    """Clip the gradients, take one optimizer step, and clear them.
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float) -> Tensor | None:
+    """Scale the gradients so that all of them together have at most this norm; 0 leaves them as they are.
+
+    Returns:
+        The norm before, a 0-d tensor; None if it was not needed.
+    """
+    return of_all(torch.nn.utils.clip_grad_norm_(parameters, norm)) if norm else None
+
+
+def update(optimizer: Optimizer, learning_rate: float) -> None:
+    """Take one optimizer step, and clear the gradients.
 
     Args:
         learning_rate: for every group of the optimizer, times the group's own `lr_scale` if it has one.
-        clip: largest norm of all gradients together; 0 leaves them as they are.
-
-    Returns:
-        The norm before clipping, a 0-d tensor; None if it was not needed.
     """
-    norm = of_all(torch.nn.utils.clip_grad_norm_(parameters, clip)) if clip else None
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def of_all(norm: Tensor) -> Tensor:

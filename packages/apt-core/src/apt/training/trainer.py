@@ -48,7 +48,7 @@ from apt.training.progress import Progress
 from apt.training.saving import RunSaver
 from apt.training.sharding import shard, shards_of, whole
 from apt.training.signals import StopRequest, catch_signals
-from apt.training.step import BatchLoss, accumulate_gradients, dry_run, free_name, update
+from apt.training.step import BatchLoss, accumulate_gradients, clip_gradients, dry_run, free_name, update
 from apt.training.window import Window, not_finite, plain_numbers
 
 
@@ -265,9 +265,10 @@ class Trainer:
             self._log()
 
     def _update(self) -> Tensor | None:
-        rate = learning_rate(self.step, self.total_steps, self.config.training)
-        self._updating = True
-        return update(self.optimizer, self._parameters, rate, self.config.training.gradient_clip)
+        norm = clip_gradients(self._parameters, self.config.training.gradient_clip)
+        self._updating = True  # from here on the weights are those of no step
+        update(self.optimizer, learning_rate(self.step, self.total_steps, self.config.training))
+        return norm
 
     def _agree(self) -> None:
         """Between two steps: whether to stop, and which hooks to call no more, for all processes alike."""
@@ -369,7 +370,7 @@ class Trainer:
             share_cores(self.world)
         if self.device.type == "cpu":
             tune_cpu_memory()
-        check_memory(config, self.registry, self.device, config.model.vocab_size, shards)
+        check_memory(config, self.registry, self.device, config.model.vocab_size, self.world)
         seed_all(training.seed)
         tokenizer_path = self.run.tokenizer if self.resumed and self.run else None
         with self.world.one_first("data"):
@@ -388,7 +389,7 @@ class Trainer:
                 hint="leave model.vocab_size out (null), and the tokenizer's is taken",
             )
         if config.model.vocab_size is None:
-            check_memory(config, self.registry, self.device, vocab_size, shards)
+            check_memory(config, self.registry, self.device, vocab_size, self.world)
         self.model = builder.build_model(vocab_size=vocab_size)
         if shards == 1:  # else block by block, where it goes
             move(self.model, self.device)
@@ -431,7 +432,7 @@ class Trainer:
         with self.hooks.forgiving():
             self.hooks.call("on_exception", error=error, trainer=self)
         self.world.end_together()
-        told = in_training(self, error, failed, saved) if self._looping else before_training(self, error)
+        told = in_training(self, error, failed, saved) if self._looping else before_training(self, error, failed)
         if told is not None:
             raise told from error
 
