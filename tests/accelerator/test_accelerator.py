@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ ROUNDED = 0.05
 """How far losses may be from those on the CPU where weights are trained for few bits: after the first step one between
 two levels is rounded to either by the last bit of a sum."""
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+Python = Callable[..., str]
 
 pytestmark = pytest.mark.timeout(600)  # the first of them waits for the compiler
 
@@ -119,6 +122,22 @@ training:
     return path
 
 
+@pytest.fixture
+def python(accelerator: Accelerator, profile: Path, home: Path) -> Python:
+    """Runs code in a Python that has the accelerator, in the profile's folder; returns what it prints."""
+    source = [str(folder) for folder in (ROOT / "packages").glob("*/src")]
+    path = os.pathsep.join([*map(str, accelerator.path), *source])
+    env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+    def run(code: str, *arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=env, cwd=profile.parent, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
 def losses(run: Path) -> list[float]:
     found = [r.get("loss", r.get("val_loss")) for r in read_metrics(run / "metrics.jsonl")]
     return [loss for loss in found if loss is not None]
@@ -174,30 +193,53 @@ def test_the_one_that_is_none_is_as_strict_as_a_gpu(sim: Accelerator) -> None:
     assert done.returncode == 0, done.stderr
 
 
+SAME = """
+import json
+import sys
+import warnings
+from apt.inference.generator import Generator
+from apt.training.trainer import Trainer
+from apt.core.runs import RunFolder
+from pathlib import Path
+
+warnings.simplefilter("error")
+parts, last, sampling = map(json.loads, sys.argv[1:])
+devices = []
+for device in ("auto", "cpu"):
+    overrides = {**parts, "hardware.device": device}
+    trainer = Trainer("small.yaml", overrides=overrides, run_dir=f"runs/{device}", quiet=True)
+    trainer.train()
+    devices.append(str(trainer.device))
+texts = []
+for device in ("auto", last, "cpu"):
+    generator = Generator.from_run(RunFolder(Path("runs/auto")), device=device)
+    texts.append("".join(generator.stream("12 green", max_new_tokens=12, **sampling)))
+print(json.dumps([devices, texts]))
+"""
+
+
 @pytest.mark.parametrize(
     "parts",
     [
         {"model.attention_name": "tva_default"},
-        {"model.attention_name": "flash_sdpa", "model.ffn_name": "swiglu", "training.gradient_accumulation": "2"},
-        {"model.moe.enabled": "true", "model.align_name": "bistate_default", "schedules.enable_moe_at_epoch": "1"},
-        {"model.qat_name": "int4", "data.workers": "2"},
+        {"model.attention_name": "flash_sdpa", "model.ffn_name": "swiglu", "training.gradient_accumulation": 2},
+        {"model.moe.enabled": True, "model.align_name": "bistate_default", "schedules.enable_moe_at_epoch": 1},
+        {"model.qat_name": "int4", "data.workers": 2},
     ],
     ids=["default", "swiglu", "experts", "int4"],
 )
-def test_a_run_is_that_of_the_cpu(apt: Apt, accelerator: Accelerator, profile: Path, parts: dict[str, str]) -> None:
-    path, options = accelerator.path, [word for key, value in parts.items() for word in (f"--{key}", value)]
-    for device in ("auto", "cpu"):
-        said = apt("train", "-p", str(profile), *on(device), *options, path=path)
-        assert (f"on {accelerator.kind}" in said.stdout) == (device == "auto")
-        assert "warning" not in said.stderr
+def test_a_run_is_that_of_the_cpu(
+    python: Python, accelerator: Accelerator, profile: Path, parts: dict[str, Any]
+) -> None:
+    sampling = {"seed": 1} if accelerator.kind == "sim" else {"temperature": 0.0}  # others draw other numbers
+    said = python(SAME, json.dumps(parts), json.dumps(accelerator.last), json.dumps(sampling))
+    (used, cpu), texts = json.loads(said)
+    assert used.startswith(accelerator.kind) and cpu == "cpu"
+    assert texts[0] == texts[1] == texts[2] != ""
     runs = profile.parent / "runs"
     found, wanted = losses(runs / "auto"), losses(runs / "cpu")
     assert found[0] == pytest.approx(wanted[0], rel=accelerator.tolerance)
     assert found == pytest.approx(wanted, rel=ROUNDED if "model.qat_name" in parts else accelerator.tolerance)
-    words = ["generate", "runs/auto", "--prompt", "12 green", "--max-tokens", "12"]
-    words += ["--seed", "1"] if accelerator.kind == "sim" else ["--temperature", "0"]  # others draw other numbers
-    texts = [apt(*words, "--device", device, path=path).stdout for device in ("auto", accelerator.last, "cpu")]
-    assert texts[0] == texts[1] == texts[2]
 
 
 RESUME = """
@@ -236,15 +278,10 @@ assert str(again.device) == device
 
 
 def test_a_run_that_fails_in_mid_step_goes_on_as_if_it_had_not(
-    apt: Apt, accelerator: Accelerator, profile: Path, home: Path
+    apt: Apt, python: Python, accelerator: Accelerator, profile: Path
 ) -> None:
     """With what the device had drawn in that step drawn once more: dropout and jitter are the device's."""
-    source = [str(folder) for folder in (ROOT / "packages").glob("*/src")]
-    path = os.pathsep.join([*map(str, accelerator.path), *source])
-    env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RESUME, accelerator.last]
-    done = subprocess.run(command, env=env, cwd=profile.parent, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    python(RESUME, accelerator.last)
     whole, halves = newest(profile.parent / "whole"), newest(profile.parent / "halves")
     assert whole.keys() == halves.keys()
     exact = accelerator.kind == "sim"  # GPUs add up in any order

@@ -139,3 +139,32 @@ def test_two_writers_at_once_do_not_clash(tmp_path: Path) -> None:
         other.write(b"other")
     assert path.read_bytes() == b"one", "the last to finish wins"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_write_takes_away_what_a_dead_process_left_of_the_same_file(tmp_path: Path) -> None:
+    old = 2 * cache.UNFINISHED_SECONDS
+    stale = _put(tmp_path, f".file[1].99-abcd{cache.UNFINISHED}", 5, old)
+    kept = [
+        _put(tmp_path, f".file[1].99-ef01{cache.UNFINISHED}", 5, 10),  # somebody writes it
+        _put(tmp_path, f".file1.99-abcd{cache.UNFINISHED}", 5, old),  # of another file
+        _put(tmp_path, f"file[1].mine{cache.UNFINISHED}", 5, old),  # not ours
+    ]
+    with cache.atomic_write(tmp_path / "file[1]") as file:
+        file.write(b"new")
+    assert not stale.exists() and all(path.exists() for path in kept)
+    assert (tmp_path / "file[1]").read_bytes() == b"new"
+
+
+def test_who_leaves_at_once_takes_along_what_is_being_written_and_nothing_else(tmp_path: Path) -> None:
+    path, done = tmp_path / "file", tmp_path / "done"
+    path.write_bytes(b"old")
+    with cache.atomic_write(done) as file:
+        file.write(b"whole")
+    with pytest.raises(FileNotFoundError), cache.atomic_write(path) as file:
+        file.write(b"half")
+        assert len(os.listdir(tmp_path)) == 3
+        cache.remove_unfinished()
+        assert sorted(os.listdir(tmp_path)) == ["done", "file"]
+    assert (path.read_bytes(), done.read_bytes()) == (b"old", b"whole")
+    cache.remove_unfinished()
+    assert sorted(os.listdir(tmp_path)) == ["done", "file"]

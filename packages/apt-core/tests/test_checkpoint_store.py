@@ -196,7 +196,7 @@ def test_retention_follows_its_definition(
         for step, loss in saves:
             store.save(make(step, loss))
             there[step] = loss
-            best = best_of(there)
+            best = best_of({s: value for s, value in there.items() if s <= step})
             past = sorted(s for s in there if s <= step)
             firsts = (
                 {min(s for s in past if s >= multiple) for multiple in range(keep_every, step + 1, keep_every)}
@@ -218,6 +218,14 @@ def test_later_steps_are_left_alone_when_the_run_goes_back(store: CheckpointStor
     store.save(make(5))
     store.save(make(7))
     assert store.steps() == [7, 10]
+
+
+def test_one_of_a_later_step_is_not_the_best_of_a_run_that_went_back(store: CheckpointStore) -> None:
+    store.keep_last = 1
+    store.save(make(10, val_loss=0.5))
+    for step, loss in [(3, 1.0), (5, 2.0), (7, 3.0)]:
+        store.save(make(step, loss))
+    assert store.steps() == [3, 7, 10], "the best of those up to the last, and the last; nothing of what lies ahead"
 
 
 def test_the_same_step_again_replaces_it(store: CheckpointStore) -> None:
@@ -263,6 +271,17 @@ def test_an_old_one_that_cannot_be_removed_is_named_and_the_save_stands(
     assert store.load().step == 2 and store.steps() == [2]
     store.save(make(3))
     assert listing(store.folder) == ["step-00000003"]
+
+
+def test_what_a_link_leads_to_is_left_alone(store: CheckpointStore, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "large_disk"
+    store.keep_last = 1
+    os.rename(store.save(make(1)), elsewhere)
+    (store.folder / "step-00000001").symlink_to(elsewhere)
+    assert same(store.load(), make(1))
+    store.save(make(2))
+    assert listing(store.folder) == ["step-00000002"]
+    assert listing(elsewhere) == sorted(FILES)
 
 
 # Damage

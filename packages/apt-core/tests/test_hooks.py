@@ -357,6 +357,37 @@ def test_properties_of_an_object_are_not_run() -> None:
     assert not has_hooks(object())
 
 
+def test_a_method_that_is_marked_as_a_hook_is_one_whatever_its_name() -> None:
+    seen: list[Any] = []
+
+    class Marked:
+        @property
+        def expensive(self) -> int:
+            raise AssertionError("looked at")
+
+        @hookimpl(specname="on_step_end")
+        def count(self, step: int) -> None:
+            seen.append(("count", step))
+
+    class Both(Marked):
+        def on_step_start(self, step: int) -> None:
+            seen.append(("start", step))
+
+        def helper(self) -> None:
+            raise AssertionError("no hook")
+
+    hooks = Hooks()
+    assert has_hooks(Marked())
+    hooks.add(Marked())
+    step_end(hooks, 3)
+    assert seen == [("count", 3)]
+    hooks, seen[:] = Hooks(), []
+    hooks.add(Both())
+    hooks.call("on_step_start", step=4, batch=None, trainer=None)
+    step_end(hooks, 4)
+    assert seen == [("start", 4), ("count", 4)]
+
+
 # A hook that hangs
 
 

@@ -188,6 +188,18 @@ def test_runs_are_numbered_and_found_again(tmp_path: Path, run: RunFolder) -> No
     assert find_run(output_dir=tmp_path).holds_a_run()
 
 
+def test_a_checkpoint_that_was_never_whole_is_none(tmp_path: Path) -> None:
+    kept, newer = new_run(tmp_path, "a"), new_run(tmp_path, "a")
+    for folder, name in [(kept, "step-00000003.old"), (newer, "step-00000006.tmp")]:
+        folder.profile.write_text("name: a")
+        assert not folder.has_checkpoints()
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert kept.has_checkpoints(), "one that stepped aside is put back"
+    assert not newer.has_checkpoints()
+    with pytest.warns(AptWarning, match="a-2 has saved nothing; using"):
+        assert find_run(name="a", output_dir=tmp_path) == kept
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     RunFolder(new_run(tmp_path, "small").path).profile.write_text("")
     kept = new_run(tmp_path, "kept")

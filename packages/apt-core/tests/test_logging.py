@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from apt.core.logging import _set_up, get_logger, setup_logging
+from apt.core.logging import _set_up, get_logger, log_to_file, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,43 @@ def test_others_are_left_alone(tmp_path: Path) -> None:
     setup_logging()
     setup_logging()
     assert own in get_logger().handlers and len(_set_up) == 1
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+def test_a_run_whose_disk_is_full_goes_on_without_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logger, path = logging.Logger("a_run"), tmp_path / "run.log"
+    with log_to_file(logger, path):
+        logger.info("begun")
+        (handler,) = logger.handlers
+        assert isinstance(handler, logging.FileHandler)
+        before = handler.setStream(FULL.open("w"))
+        logger.info("no room")
+        logger.error("none for this either")
+        assert before is not None
+        before.close()
+    assert capfd.readouterr() == ("", "")
+    assert path.read_text().endswith(" INFO begun\n") and logger.handlers == []
+
+
+def test_a_mistake_in_what_is_logged_is_still_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("a_run")
+    with log_to_file(logger, tmp_path / "run.log"):
+        logger.info("%d steps", "three")
+    assert "TypeError" in capfd.readouterr().err
+
+
+def test_a_log_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    logger, path = logging.Logger("a_run"), tmp_path / "run.log"
+    os.mkfifo(path)
+    with pytest.raises(OSError), log_to_file(logger, path):
+        pytest.fail("nobody reads it")
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="it is a pipe or a device"), log_to_file(logger, path):
+            pytest.fail("somebody reads it")
+    finally:
+        os.close(reader)
+    assert logger.handlers == []

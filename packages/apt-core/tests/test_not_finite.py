@@ -254,6 +254,49 @@ def test_no_plugin_is_blamed_for_what_the_model_made(config: Config, policy: str
     assert error.value.hint == "lower training.learning_rate, or set training.gradient_clip"
 
 
+class Buffer:
+    """Gives the model a buffer, and puts a value in it at one step."""
+
+    def __init__(self, value: float, step: int, *, persistent: bool = True) -> None:
+        self.value, self.step, self.persistent = value, step, persistent
+
+    def on_model_built(self, model: torch.nn.Module) -> None:
+        model.register_buffer("seen", torch.zeros(3), persistent=self.persistent)
+
+    def on_step_end(self, step: int, trainer: Trainer) -> None:
+        if step == self.step:
+            trainer.model.get_buffer("seen")[1] = self.value
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_buffer_that_is_saved_and_is_no_number_ends_the_run(config: Config, policy: str) -> None:
+    config["training"]["on_not_finite"] = policy
+    trainer = Trainer(config, quiet=True)
+    trainer.register_hook(Buffer(math.nan, 7))
+    # It is noticed when the run is to be saved, for no loss shows it.
+    with pytest.raises(NotFiniteError, match=r"at step 9: a buffer of the model; the checkpoint of step 6 is kept"):
+        trainer.train()
+    store = trainer.saver.store
+    assert store.steps() == [3, 6]
+    assert all(bool(torch.isfinite(store.load(step).model["seen"]).all()) for step in store.steps())
+
+
+def test_rollback_takes_a_buffer_back_too(config: Config) -> None:
+    trainer = run(config, "rollback", Buffer(math.nan, 7))
+    assert "a buffer of the model; going on with the state of step 6" in (trainer.run_dir / "run.log").read_text()
+    assert torch.equal(trainer.saver.store.load(12).model["seen"], torch.zeros(3))
+
+
+@pytest.mark.parametrize(("value", "persistent"), [(math.inf, True), (-math.inf, True), (math.nan, False)])
+def test_a_buffer_may_hold_infinity_and_anything_if_it_is_not_saved(
+    config: Config, value: float, persistent: bool
+) -> None:
+    trainer = run(config, "stop", Buffer(value, 7, persistent=persistent))
+    assert trainer.step == 12 and trainer.saver.store.steps() == [3, 6, 9, 12]
+    saved = trainer.saver.store.load(12).model
+    assert saved["seen"][1].item() == value if persistent else "seen" not in saved
+
+
 def test_a_run_never_ends_well_with_weights_that_are_not(config: Config) -> None:
     store, _ = stopped(config, "rollback", Poison("weight", math.nan, 11))
     assert store.latest() == 9

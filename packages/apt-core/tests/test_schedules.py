@@ -96,6 +96,18 @@ def test_the_run_may_end_within_its_epochs() -> None:
     assert made.get_param("x", step=20) == 1.0
 
 
+def test_the_length_of_a_run_may_differ_from_that_of_its_epochs() -> None:
+    linear = {"start": 0.0, "end": 1.0, "by": "step"}
+    made = schedule(2, 50, x=linear, late=linear | {"from_step": 80}, enable_a_at_step=90)
+    assert (made.get_param("x", step=50), made.unreached()) == (0.5, [])
+    made.total_steps = 80  # it went on with larger batches
+    assert [made.get_param("x", step=n) for n in (0, 20, 40, 80, 100)] == [0, 0.25, 0.5, 1, 1]
+    assert made.unreached() == ["late", "enable_a_at_step"]
+    made.total_steps = 200  # with smaller ones
+    assert [made.get_param("x", step=n) for n in (50, 100, 200)] == [0.25, 0.5, 1]
+    assert made.unreached() == []
+
+
 def test_epoch_and_step_stand_for_each_other() -> None:
     linear = {"start": 0.0, "end": 1.0}
     made = schedule(4, 10, x=linear, y=linear | {"by": "step"}, enable_a_at_step=15, enable_b_at_epoch=2)

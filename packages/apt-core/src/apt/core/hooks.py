@@ -96,6 +96,7 @@ class _Manager(pluggy.PluginManager):
 
 def _mark(method: object) -> Any:
     """What `@hookimpl` says of it; None if it does not carry that."""
+    method = getattr(method, "__func__", method)  # of a static method
     return getattr(method, f"{hookspecs.PROJECT}_impl", None) if inspect.isroutine(method) else None
 
 

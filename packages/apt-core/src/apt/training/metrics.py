@@ -11,7 +11,7 @@ from typing import Any
 
 from apt.checkpoint.durable import replacing
 from apt.core.errors import AptWarning
-from apt.core.files import open_file
+from apt.core.files import only_a_file, open_file
 
 
 class MetricsFile:
@@ -30,7 +30,7 @@ class MetricsFile:
                     if record["step"] < resume_step:
                         file.write(_line(record).encode())
         # Line by line: what was logged is in the file, whatever becomes of this process.
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = open(path, "a", encoding="utf-8", buffering=1, opener=only_a_file)
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         """Append one record."""

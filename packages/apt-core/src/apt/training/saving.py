@@ -147,7 +147,8 @@ class RunSaver:
             self._trainer.logger.error("it could not be saved either: %s", failed)
             return None
         lacks = any(failure.effect and failure.hook == "on_checkpoint_save" for failure in hooks.failures)
-        return None if lacks and hooks.on_plugin_error == "stop" and self.store.steps() else checkpoint
+        has_others = self._saver.is_busy or bool(self.store.steps())
+        return None if lacks and hooks.on_plugin_error == "stop" and has_others else checkpoint
 
     def _write_shards(self, checkpoint: Checkpoint, wait: bool) -> None:
         """Save together with the other processes: in a thread, whoever waits for it, so that one that is killed in the
