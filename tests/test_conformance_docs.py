@@ -99,6 +99,16 @@ def test_the_tables_are_those_of_the_kit() -> None:
     assert written.strip() == render().strip(), "write them anew: python tests/test_conformance_docs.py"
 
 
+def test_the_readme_has_the_same_figures() -> None:
+    tables = DOC.read_text(encoding="utf-8").partition(MARK)[2]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for ours, theirs in (
+        (r"There are (\d+) of them", r"a conformance kit of (\d+) properties"),
+        (r"tested with (\d+) \*mutants\*", r"tested with (\d+) subtly wrong providers"),
+    ):
+        assert re.findall(theirs, readme) == re.findall(ours, tables)
+
+
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "test_toy.py").write_text(example)

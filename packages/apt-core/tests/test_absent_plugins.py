@@ -41,11 +41,12 @@ def test_each_missing_package_is_named_and_the_run_is_dense(
     instead = [line for line in lines if "instead" in line]
     assert ["using no router" in line for line in instead] == [True, False], "what it means for the model, once each"
     assert "using no align" in instead[1]
-    schedules = [line for line in lines if "schedules" in line]
+    schedules = [line for line in lines if "has asked for" in line]
     assert len(schedules) == 1 and lines[-1] == schedules[0]
     for key in ("enable_moe_at_epoch", "enable_align_at_epoch", "route_temp", "moe_capacity"):
         assert key in schedules[0]
-    assert len(lines) == 5
+    beyond = [line for line in lines if "the run ends before it begins" in line]
+    assert len(lines) == 5 + len(beyond)
     lock = json.loads((tmp_path / "runs/moe_reasoning_small-1/plugins.lock.json").read_text())
     fallbacks = {slot["requested"] for slot in lock["slots"] if slot["fallback"]}
     assert fallbacks == {"topk_moe", "bistate_default"}
@@ -62,7 +63,7 @@ def test_strict_refuses_and_names_the_package(run_apt: RunApt, without_plugins: 
 def test_without_a_choice_of_plugins_the_sections_name_the_package(run_apt: RunApt, without_plugins: None) -> None:
     result = train(run_apt, "--plugins", "builtin")
     assert result.code == 0
-    assert "model.moe: kept, but no installed plugin reads it" in result.err
+    assert "model.moe: kept, but no plugin in use reads it" in result.err
     assert "the profile's plugins" not in result.err
 
 

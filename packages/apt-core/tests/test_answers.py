@@ -84,7 +84,7 @@ def test_being_asked_changes_nothing_in_the_run(config: Config) -> None:
 def test_without_a_voter_the_likeliest_tokens_answer_alone(config: Config) -> None:
     del config["model"]["voter_name"]
     config["training"]["max_steps"] = 2
-    with pytest.warns(AptWarning, match="nothing in this run has asked for vote_threshold"):
+    with pytest.warns(AptWarning, match="nothing in the first epoch has asked for vote_threshold"):
         run = trained(config)
     (record,) = (record for record in evaluations(run) if "accuracy" in record)
     assert "voted_accuracy" not in record and "vote_threshold" not in record
@@ -132,6 +132,11 @@ def test_what_is_no_file_of_questions_is_refused_before_anything_is_written(conf
 def test_questions_in_order(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "2+3=", "answer": "5", "more": 1}\r\n\n{"answer": "", "prompt": "x"}')
     assert read_questions(tmp_path / "q.jsonl") == [Question("2+3=", "5"), Question("x", "")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_questions(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "2+3=", "answer": "5"}\n', encoding="utf-8-sig")
+    assert read_questions(tmp_path / "q.jsonl") == [Question("2+3=", "5")]
 
 
 def test_eval_needs_questions_for_a_voter_and_a_section_that_fits(config: Config, tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixture_types import MakeDistribution, RunApt
@@ -17,6 +21,7 @@ from apt.cli import commands, main
 from apt.cli.overview import COMMANDS
 from apt.core.discovery import find_plugins
 from apt.core.errors import AptWarning, ConfigError, FallbackWarning, TrainingError
+from apt.core.runs import find_run
 
 SOURCE = str(Path(apt.__file__).parents[1])
 
@@ -130,6 +135,86 @@ def test_warnings_of_others_are_left_to_python(run_apt: RunApt, doing) -> None:
         assert run_apt("profile", "list").err == ""
 
 
+MUTE = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+
+
+@contextmanager
+def mute(how: str) -> Iterator[None]:
+    """A standard error that takes nothing, inside this block."""
+    end, pipe = os.pipe()
+    os.close(end)
+    stderr = open(pipe if how == "unread" else "/dev/full", "w", buffering=1)  # noqa: SIM115
+    if how != "unread":
+        os.close(pipe)
+    if how == "closed":
+        stderr.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        yield
+    with suppress(OSError):  # what is left in its buffer
+        stderr.close()
+
+
+@MUTE
+@pytest.mark.parametrize("how", ["full", "closed", "unread"])
+def test_what_cannot_be_said_does_not_change_how_a_command_ends(
+    run_apt: RunApt, doing: Callable[[Any], None], how: str
+) -> None:
+    def warns(args: Namespace) -> int:
+        warnings.warn("this is passed over", AptWarning, stacklevel=1)
+        print("done")
+        return 0
+
+    doing(warns)
+    with mute(how):
+        assert run_apt("profile", "list") == (0, "done\n", "")
+    stopped = TrainingError("stopped by Ctrl-C", hint="go on with it")
+    stopped.exit_code = 130
+    for error, code in (
+        (ConfigError("no good", hint="make it better"), 2),
+        (OSError(28, "No space left on device"), 2),
+        (KeyError("x"), 1),
+        (stopped, 130),
+        (KeyboardInterrupt(), 130),
+    ):
+        doing(raises(error))
+        with mute(how):
+            assert run_apt("profile", "list") == (code, "", "")
+
+
+@MUTE
+@pytest.mark.parametrize("how", ["full", "closed", "unread"])
+def test_nor_do_a_traceback_and_the_last_words_of_a_plugin(
+    run_apt: RunApt, doing: Callable[[Any], None], how: str
+) -> None:
+    doing(raises(ConfigError("no good")))
+    with mute(how):
+        assert run_apt("--debug", "profile", "list") == (2, "", "")
+    doing(raises(SystemExit("no")))
+    with mute(how):
+        assert run_apt("profile", "list") == (1, "", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has another shell")
+def test_what_cannot_be_said_is_not_said_elsewhere() -> None:
+    env = {**os.environ, "PYTHONPATH": SOURCE}
+    closed = f"exec {shlex.quote(sys.executable)} -m apt profile lst 2>&-"
+    result = subprocess.run(["sh", "-c", closed], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has another shell")
+@pytest.mark.parametrize(
+    ("call", "code", "err"),
+    [("profile list", 0, ""), ("--help", 0, ""), ("profile lst", 2, "error: apt profile: 'lst' is none of")],
+)
+def test_a_standard_output_that_is_closed_takes_nothing_and_ends_nothing(call: str, code: int, err: str) -> None:
+    env = {**os.environ, "PYTHONPATH": SOURCE}
+    closed = f"exec {shlex.quote(sys.executable)} -m apt {call} >&- <&-"
+    result = subprocess.run(["sh", "-c", closed], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr[: len(err) or None]) == (code, "", err)
+
+
 def test_letters_that_the_terminal_lacks_do_not_end_a_command() -> None:
     program = (
         "import sys; from apt.cli import commands, main\n"
@@ -150,6 +235,26 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     child.stdout.close()
     _, err = child.communicate()
     assert (child.returncode, err) == (main.BROKEN_PIPE, "")
+
+
+SMALL_RUN = """
+name: small
+model: {d_model: 16, num_heads: 2, num_layers: 1, max_seq_len: 16}
+data: {train_path: text.txt, cache_dir: cache, tokenizer: char}
+training: {max_epochs: 1, max_steps: 2, batch_size: 2, eval_batches: 1}
+hardware: {device: cpu}
+"""
+
+
+def test_training_goes_on_without_its_reader(run_apt: RunApt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
+    (tmp_path / "small.yaml").write_text(SMALL_RUN)
+    end, pipe = os.pipe()
+    os.close(end)
+    with open(pipe, "w", buffering=1) as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert run_apt("train", "-p", "small.yaml") == (0, "", "")
+    assert find_run(output_dir="runs").has_checkpoints()
 
 
 PLUGIN = """

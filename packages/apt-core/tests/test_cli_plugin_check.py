@@ -71,6 +71,18 @@ class Elsewhere(FFNProvider):
         raise ProviderError("it needs a GPU", hint="buy one")
 """
 
+FUSSY = """
+from apt.core.errors import ConfigError
+from apt.core.providers.attention import AttentionProvider
+
+
+class Fussy(AttentionProvider):
+    def get_name(self): return "fussy"
+    def get_version(self): return "1"
+    def create_layer(self, d_model, num_heads, **options):
+        raise ConfigError(f"d_model {d_model} is too small")
+"""
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +128,27 @@ def test_settings_are_given_by_key(run_apt: RunApt, toy: None) -> None:
     result = run_apt("plugin-check", "dataset:rhymes", "--set", "verse=5")
     assert result.code == 2
     assert "its section does not fit: verse" in result.err
+
+
+def test_settings_that_do_not_fit_leave_the_last_result_as_it_was(run_apt: RunApt) -> None:
+    for setting in ("r=x", "rr=2", "r=7"):
+        assert run_apt("plugin-check", "attention:tva_default", "--set", setting).code == 2
+    assert "not checked yet" in run_apt("plugin-info", "attention", "tva_default").out
+
+
+def test_a_provider_that_fits_no_size_by_itself_has_failed(
+    run_apt: RunApt, make_distribution: MakeDistribution
+) -> None:
+    plugin = HEAD + (
+        "@hookimpl\ndef apt_register_providers(registry):\n"
+        "    registry.register('attention', 'fussy', 'fussy_attention:Fussy')\n"
+    )
+    make_distribution(
+        "apt-fussy", "1", plugins={"fussy": "fussy_plugin"}, modules={"fussy_plugin": plugin, "fussy_attention": FUSSY}
+    )
+    result = run_apt("plugin-check", "attention:fussy")
+    assert result.code == 1
+    assert "FAILED    output_shape: none of the sizes" in result.out
 
 
 def test_without_an_argument_every_plugins_providers_are_checked(
@@ -171,6 +204,10 @@ def test_info_shows_the_last_result_and_of_which_version(
         (["router:topk_moe"], "apt-plugin-moe"),
         (["dataset:files"], "--set KEY=VALUE"),
         (["dataset:files", "--set", "train_path=nowhere.txt"], "nowhere.txt does not exist"),
+        (["attention:mha", "--set", "windw=3"], "attention:mha: its section does not fit: windw: unknown key"),
+        (["attention:tva_default", "--set", "r=x"], "r: expected a whole number greater than 0, got 'x'"),
+        (["attention:tva_default", "--set", "r=7"], "fits it: model.tva.r: 7 does not fit d_model 128"),
+        (["tracker:tensorboard", "--set", "foo=1"], "tracker:tensorboard: its section does not fit: foo: unknown key"),
         (["tokenizer:file", "--set", "path=nowhere.json"], "nowhere.json cannot be read"),
     ],
 )

@@ -170,7 +170,9 @@ def test_eval_prints_what_it_measured(run_apt: RunApt, calls: Calls) -> None:
     assert run_apt("eval", "--voter", "entropy", "--data.answers_path", "q.jsonl", "--model.voting.k=5").code == 0
     assert (calls["voter"], calls["overrides"]) == ("entropy", {"data.answers_path": "q.jsonl", "model.voting.k": 5})
     result = run_apt("eval", "--chat.user", "x")
-    assert result.err.startswith("error: apt eval: --chat.user is no key of the model or data.answers_*\n")
+    assert "error: apt eval: --chat.user is no key of the model or data.answers_* or data.train_path" in result.err
+    assert run_apt("eval", "--data.train_path", "other.txt").code == 0
+    assert calls["overrides"] == {"data.train_path": "other.txt", "data.dataset": None}
     assert json.loads(run_apt("eval", "--json").out) == {
         "run": "runs/tiny_debug-1", "step": 1200.0, "val_loss": 1.52345, "perplexity": 4.588,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_a_plugin_of_a_lock_that_is_not_installed_and_several_faults_at_once(
         "plugin 'gone' (apt-gone 3), which other.json holds, is not installed",
         "plugin 'doubled' (apt-doubled 0.1) is not in other.json",
         "plugin 'listens' (apt-listens 1.0) is not in other.json",
-        fix='pip install "apt-gone==3", or write the lock anew',
+        fix='pip install "apt-gone==3", or write the lock anew: apt plugin-lock -p PROFILE',
     )
 
 
@@ -191,7 +192,7 @@ def test_where_a_lock_lies_and_what_is_said_where_there_is_none(
     assert run_apt("plugin-lock", "-p", "tiny_debug").code == 0
     assert (tmp_path / "tiny_debug.lock.json").is_file(), "here, for one that ships"
     result = run_apt("plugin-lock", "-p", "small.yaml", "--output", "x/y.json", "--model.ffn_name", "default")
-    assert "apt train -p small.yaml --frozen x/y.json" in result.out
+    assert "apt train -p small.yaml --model.ffn_name=default --frozen x/y.json" in result.out
     assert [slot["name"] for slot in read(tmp_path / "x/y.json")["slots"] if slot["kind"] == "ffn"] == ["default"]
     (tmp_path / "bad.json").write_text('{"format": 1, "slots": [], "plugins": [{"name": "x"}]}')
     assert train("--frozen", "bad.json").err.startswith("error: bad.json is damaged\n")
@@ -201,6 +202,22 @@ def test_where_a_lock_lies_and_what_is_said_where_there_is_none(
         "fix: write it elsewhere: --output FILE\n"
     )
     assert run_apt("plugin-lock").err.startswith("error: apt plugin-lock: needs -p/--profile\n")
+
+
+def test_the_command_that_comes_next_is_one_that_the_lock_lets_run(
+    run_apt: RunApt, install: Callable[..., Path], train: Callable[..., Result]
+) -> None:
+    install()
+    for options in (
+        ("--output", "a b.json", "--model.ffn_name", "swiglu", "--model.dropout=0.1"),
+        ("--plugins", "doubled", "listens", "--no-plugin", "listens", "--strict"),
+        ("--no-plugins", "--model.ffn_name", "default", "--description", "it's small"),
+    ):
+        written = run_apt("plugin-lock", "-p", "small.yaml", *options)
+        assert written.code == 0, written.err
+        head, *command = shlex.split(written.out.splitlines()[-1].removeprefix("Next: "))
+        assert head == "apt" and ("--strict" in command) == ("--strict" in options)
+        assert run_apt(*command, "--quiet") == (0, "", "")
 
 
 def test_a_fallback_is_part_of_a_lock(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -218,3 +219,17 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make a run folder"):
         new_run(tmp_path / "file", "x")
+
+
+def test_an_empty_name_is_no_run_and_the_newest_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("profile.yaml").write_text("name: a")  # the current folder is a run, but was not asked for
+    for number in range(1, 13):
+        folder = new_run("runs", "a")
+        folder.profile.write_text("name: a")
+        os.utime(folder.profile, (number, number))
+    with pytest.raises(ConfigError) as caught:
+        find_run("")
+    assert caught.value.message == "'' is not the folder of a run (it has no profile.yaml)"
+    newest = ", ".join(f"a-{number}" for number in range(12, 2, -1))
+    assert caught.value.hint == f"runs in runs: {newest} and 2 more"

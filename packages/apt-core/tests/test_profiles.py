@@ -148,7 +148,8 @@ def test_by_path_else_by_name(write: Write) -> None:
         ("nothing_like_it", "shakespeare_char, tiny_debug"),
         ("x" * 5000, "there is no profile"),
         ("a\0b", "there is no profile"),
-        (os.curdir, "is a folder"),
+        (os.curdir, "profile '.' is a folder"),
+        ("", "the name of the profile is empty; give a path, or one of "),
     ],
 )
 def test_not_found(name: str, words: str) -> None:

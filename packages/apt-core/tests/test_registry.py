@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from fixture_types import MakeDistribution
+from pydantic import BaseModel, ConfigDict, Field
 
 from apt.core.errors import ConfigError, ConflictError, FallbackWarning, ProviderError, ProviderNotFoundError
 from apt.core.in_use import ProvidersInUse
@@ -14,7 +15,7 @@ from apt.core.registry import Provider, Registry
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    r: int = 4
+    r: int = Field(4, ge=1)
 
 
 class Plain(Provider):
@@ -101,8 +102,29 @@ def test_what_cannot_be_had_falls_back_loudly_or_raises(registry: Registry, name
 
 
 def test_a_first_party_provider_that_is_absent_names_its_package(registry: Registry) -> None:
-    with pytest.warns(FallbackWarning, match=r'pip install (--upgrade )?"apt-plugin-flash\[cuda\]"'):
+    with pytest.warns(
+        FallbackWarning, match=r"pip install \"apt-plugin-flash\[cuda\]\"|apt-plugin-flash \S+ is installed"
+    ):
         registry.get("attention", "flash_v2")
+
+
+def test_what_is_installed_and_left_out_is_not_said_to_be_absent(
+    registry: Registry, make_distribution: MakeDistribution
+) -> None:
+    make_distribution("apt-plugin-moe", "7.8", plugins={"moe": "moe_plugin"})
+    make_distribution("apt-own", "3.1", plugins={"own": "own_plugin"})
+    registry.recorded = {("ffn", "own"): "apt-own==3.1", ("ffn", "older"): "apt-own==3.0"}
+    for kind, name, package in (("router", "topk_moe", "apt-plugin-moe 7.8"), ("ffn", "own", "apt-own 3.1")):
+        with pytest.raises(ProviderNotFoundError) as caught:
+            registry.get(kind, name)
+        said = f"{kind}:{name} cannot be used: {package} is installed and its plugin not in use"
+        assert (caught.value.message, caught.value.hint) == (said, "leave --no-plugin out, or see apt plugin-list")
+    with pytest.raises(ProviderNotFoundError, match=r'older is not installed; pip install "apt-own==3\.0"'):
+        registry.get("ffn", "older")
+    with registry.owned_by("moe", "apt-plugin-moe", "7.8"):
+        registry.register("router", "another", Other)
+    with pytest.raises(ProviderNotFoundError, match=r"topk_moe is not installed; .* 7\.8 does not bring it"):
+        registry.get("router", "topk_moe")
 
 
 def test_a_near_miss_is_a_slip_and_never_falls_back(registry: Registry) -> None:
@@ -111,13 +133,40 @@ def test_a_near_miss_is_a_slip_and_never_falls_back(registry: Registry) -> None:
 
 
 def test_a_kind_without_a_default_raises_a_value_error(registry: Registry) -> None:
-    with pytest.raises(ValueError, match="topk_moe is not installed"):
+    with pytest.raises(ValueError, match=r"topk_moe (is not installed|cannot be used: apt-plugin-moe)"):
         registry.get("router", "topk_moe")
 
 
 def test_a_config_that_does_not_fit_is_no_reason_to_fall_back(registry: Registry) -> None:
     with pytest.raises(ConfigError, match="rr"):
         registry.get("attention", "other", {"rr": 2})
+
+
+def test_a_config_that_does_not_fit_is_told_in_the_words_of_profiles(registry: Registry) -> None:
+    with pytest.raises(ConfigError) as caught:
+        registry.get("attention", "other", {"rr": 2, "r": 0})
+    said = "r: expected a whole number at least 1, got 0; rr: unknown key"
+    assert caught.value.message == f"attention:other: its section does not fit: {said}"
+    assert caught.value.hint == "its keys are r"
+
+
+class ErrorOfAnother(Exception):
+    def errors(self) -> list[dict[str, Any]]:
+        return [{"loc": ("r", 0), "msg": "too odd"}]
+
+
+ErrorOfAnother.__name__ = "ValidationError"
+
+
+class OfAnotherLibrary(Plain):
+    def __init__(self, config: Any = None) -> None:
+        raise ErrorOfAnother
+
+
+def test_another_librarys_words_are_kept(registry: Registry) -> None:
+    registry.register("ffn", "foreign", OfAnotherLibrary)
+    with pytest.raises(ConfigError, match=r"ffn:foreign: its section does not fit: r\.0: too odd"):
+        registry.get("ffn", "foreign")
 
 
 def test_bad_registrations_are_refused(registry: Registry) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
+from fixture_types import MakeDistribution
 from pydantic import field_validator
 
 from apt.core.catalogue import SECTIONS
@@ -147,14 +148,14 @@ def check(text: str, registry: Registry, folder: Path) -> list[str]:
         (
             "model:\n  bistate: {alpha: 1}\n",
             [
-                "warning: tiny.yaml:2: model.bistate: kept, but no installed plugin reads it; "
+                "warning: tiny.yaml:2: model.bistate: kept, but no plugin in use reads it; "
                 'pip install "apt-plugin-align"'
             ],
         ),
         (
             "training:\n  wandb: {}\n",
             [
-                "warning: tiny.yaml:2: training.wandb: kept, but no installed plugin reads it; "
+                "warning: tiny.yaml:2: training.wandb: kept, but no plugin in use reads it; "
                 "install the plugin that does, or take it out"
             ],
         ),
@@ -165,13 +166,29 @@ def test_sections(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Whether the package is installed here must not decide what is expected.
-    monkeypatch.setattr("apt.core.sections.how_to_install", lambda package: f'pip install "{package}"')
+    monkeypatch.setattr("apt.core.sections.how_to_install", lambda package, in_use: f'pip install "{package}"')
     assert check(text, registry, tmp_path) == lines
+
+
+def test_a_plugin_that_is_left_out_is_not_to_be_installed_again(
+    registry: Registry, make_distribution: MakeDistribution
+) -> None:
+    make_distribution("apt-plugin-align", "7.8", plugins={"align": "align_plugin"})
+    profile = resolve({"model": {"bistate": {"alpha": 1}}})
+    fix = (
+        r"apt-plugin-align 7\.8 is installed and its plugin not in use: leave --no-plugin out, or see apt plugin-list$"
+    )
+    with pytest.warns(AptWarning, match=rf"model\.bistate: kept, but no plugin in use reads it; {fix}"):
+        check_sections(profile.config, registry, profile.origins)
+    with registry.owned_by("align", "apt-plugin-align", "7.8"):
+        registry.register("align", "another", "no_such_module:Thing")
+    with pytest.warns(AptWarning, match=r"for the installed 7\.8 does not bring it$"):
+        check_sections(profile.config, registry, profile.origins)
 
 
 def test_a_section_belongs_where_its_kind_does(registry: Registry) -> None:
     profile = resolve({"data": {"moe": {"experts": 3}}})
-    with pytest.warns(AptWarning, match=r"^config: data\.moe: kept, but no installed plugin reads it"):
+    with pytest.warns(AptWarning, match=r"^config: data\.moe: kept, but no plugin in use reads it"):
         check_sections(profile.config, registry, profile.origins)
 
 
@@ -187,7 +204,7 @@ def test_shipped_profiles_pass_with_what_comes_with_core() -> None:
             warnings.simplefilter("error")
             check_sections(profile.config, builtin, profile.origins, absent=wanted)
         for package in wanted:
-            with pytest.warns(AptWarning, match=f"no installed plugin reads it; .*{package}"):
+            with pytest.warns(AptWarning, match=f"no plugin in use reads it; .*{package}"):
                 check_sections(profile.config, builtin, profile.origins, absent=wanted - {package})
 
 

@@ -158,6 +158,33 @@ def test_standard_input_may_hold_prompts(run_apt: RunApt, run: str, monkeypatch:
     assert result == (2, "", "error: standard input: not utf-8 at byte 2\n  fix: give UTF-8 text\n")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    run_apt: RunApt, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("how \nmany\n", encoding="utf-8-sig")
+    marked = run_apt("generate", run, "--prompts", "prompts.txt", "--max-tokens", "3", "--seed", "0")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhow \nmany\n"))
+    assert run_apt("generate", run, "--prompts", "-", "--max-tokens", "3", "--seed", "0") == marked
+    assert (marked.code, marked.err) == (0, "") and marked.out.startswith("how ")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhow "))
+    result = run_apt("generate", run, "--prompt", "-", "--max-tokens", "3")
+    assert (result.code, result.err) == (0, "") and result.out.startswith("how ")
+
+
+def in_the_c_locale(typed: bytes) -> io.TextIOWrapper:
+    """Standard input where Python hands on as surrogates what is not UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors="surrogateescape")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--prompts"])
+def test_standard_input_that_is_not_utf_8_in_the_c_locale(
+    run_apt: RunApt, run: str, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", in_the_c_locale(b"hi\xe9\n"))
+    result = run_apt("generate", run, option, "-")
+    assert result == (2, "", "error: standard input: not UTF-8\n  fix: give UTF-8 text\n")
+
+
 def test_prompts_without_end(run_apt: RunApt, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apt.cli.text_commands.LARGEST", 8)
     (tmp_path / "long.txt").write_text("1234567é" * 2)
@@ -183,6 +210,8 @@ def test_a_chat_on_a_pipe(run_apt: RunApt, run: str, monkeypatch: pytest.MonkeyP
     assert result[:2] == (0, f"{replies[0]}\n{replies[1]}\n")
     result = chat(run_apt, run, monkeypatch, "how\n/exit\nmany\n")
     assert result == (0, f"{replies[0]}\n", "")
+    result = chat(run_apt, run, monkeypatch, "\ufeffhow\n")
+    assert result == (0, f"{replies[0]}\n", ""), "a byte order mark is no part of a message"
 
 
 def test_commands_of_a_chat_and_messages_that_cannot_be_said(
@@ -206,6 +235,12 @@ def test_a_chat_ends_with_its_input_even_if_there_is_none(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"how\nab\xff\n"), encoding="utf-8"))
     result = run_apt("chat", run, "--max-tokens", "3")
     assert result.code == 2 and result.err.startswith("error: standard input: not utf-8 at byte")
+    monkeypatch.setattr(sys, "stdin", in_the_c_locale(b"how\nhi\xe9\n"))
+    result = run_apt("chat", run, "--max-tokens", "3")
+    assert result.code == 2 and result.out, "the message before it was answered"
+    assert result.err == "error: standard input: not UTF-8\n  fix: give UTF-8 text\n"
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after <&-
+    assert run_apt("chat", run) == (0, "", "")
     result = chat(run_apt, run, monkeypatch, "how\n", "--chat.user", "€: ")
     assert result.code == 2 and "the run's way to write a chat does not fit its tokenizer" in result.err
 

@@ -90,7 +90,7 @@ def test_a_window_is_kept_by_all_of_them_and_refused_by_mha(config: Config) -> N
     run = RunFolder(train(config, "flash_sdpa").run_dir)
     with pytest.warns(AptWarning, match="goes on with attention:flex"):
         assert loss_of(run, "flex") == pytest.approx(loss_of(run, "flash_sdpa"), abs=1e-6)
-    with pytest.raises(AptError, match=r"attention:mha: its section does not fit: window: Extra inputs"):
+    with pytest.raises(AptError, match=r"attention:mha: its section does not fit: window: unknown key"):
         loss_of(run, "mha")
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +78,63 @@ def test_nothing_is_left_of_an_export_that_fails(
     before = (out / "model.safetensors").read_bytes()
 
     def fail(*_: Any) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setitem(exporting.WRITERS, "safetensors", fail)
-    with pytest.raises(AptError, match=r"cannot write .*out: No space left"):
+    with pytest.raises(AptError, match=r"cannot write .*out: Read-only file system"):
         export(run.path, "--format", "safetensors", "--out", out, "--force")
     assert (out / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+@pytest.mark.parametrize(("code", "cause"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk quota is used up")])
+def test_a_program_that_does_not_fit_on_the_disk(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, cause: str
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(code, "words of the system")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    weights = 4 * load_run(run, device="cpu").model.num_params()
+    with pytest.raises(
+        AptError, match=rf"cannot write .*out: the {cause}: more than {weights:,} bytes are needed, [\d,]+ are free;"
+    ) as caught:
+        export(run.path, "--format", "torch-export", "--out", tmp_path / "out")
+    assert caught.value.hint == "free some space, or give an --out on another disk"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which the tokenizer of a run fits, and none of its weights."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount command")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(disk)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("format", exporting.WRITERS)
+def test_a_disk_that_is_really_full(
+    tmp_path: Path, small_disk: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if format == "onnx":
+        monkeypatch.setattr("apt_plugin_quant.export.onnx_export.ONE_FILE", 0)  # the weights lie beside the graph
+        pytest.importorskip("onnxscript", reason="the extra apt-plugin-quant[onnx]")
+    run = make_run(tmp_path / "run", LLAMA | {"num_layers": 1})
+    said = r"cannot write .*disk/out: the disk is full: more than [\d,]+ bytes are needed, 32,768 are free;"
+    with pytest.raises(AptError, match=said):
+        export(run.path, "--format", format, "--out", small_disk / "out")
+    (small_disk / "filler").write_bytes(bytes(28_672))  # now the tokenizer does not fit
+    with pytest.raises(AptError, match="the disk is full"):
+        export(run.path, "--format", format, "--out", small_disk / "out")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_checkpoint_and_state(run: RunFolder, tmp_path: Path) -> None:

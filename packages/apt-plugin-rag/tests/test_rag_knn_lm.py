@@ -154,6 +154,42 @@ def test_generation_reads_passages_and_names_their_sources(apt: Apt, run: Path) 
     assert len(read.out) == len(apt(*generate).out)
 
 
+def test_an_option_that_a_store_does_not_take_is_said_and_the_store_is_read(apt: Apt, run: Path) -> None:
+    apt("rag", "index", "text.txt", "--store", "s", "--language", "none", "--passage-words", 7)
+    apt("rag", "index", "text.txt", "--store", "kn", "--retriever", "knn_lm", "--run", "run")
+    generate = ("generate", "run", "--prompt", "7", "--max-tokens", 4, "--seed", 1, "--device", "cpu")
+    datastore = "only a knn_lm store takes that, and s is a bm25 store"
+    for store, option, value, why, other in (
+        ("s", "--knn-lambda", 0.5, datastore, "a knn_lm"),
+        ("s", "--knn-temperature", 0.5, datastore, "a knn_lm"),
+        ("kn", "--retrieve-k", 1, "kn is a knn_lm store, of which no passages are read", "another"),
+    ):
+        plain = apt(*generate, "--retrieve", store)
+        read = apt(*generate, "--retrieve", store, option, value)
+        said, fix = f"{option} without effect: {why}", f"leave {option} out, or name {other} store"
+        assert (read.code, read.out) == (0, plain.out)
+        assert read.err == f"warning: {said} ({fix})\n{plain.err}"
+        assert "sources: " in plain.err
+        strict = apt(*generate, "--retrieve", store, option, value, "--strict")
+        assert strict.code == 2
+        assert f"{said}; {fix}" in strict.err
+
+
+def test_an_option_of_retrieval_without_a_store_is_said_once(apt: Apt, run: Path) -> None:
+    generate = ("generate", "run", "--prompt", "7", "--prompt", "8", "--max-tokens", 4, "--seed", 1, "--device", "cpu")
+    plain = apt(*generate)
+    assert "without effect" not in plain.err
+    given = ("--retrieve-k", 2, "--knn-lambda", 0.5, "--knn-temperature", 1)
+    options = "--retrieve-k and --knn-lambda and --knn-temperature"
+    read = apt(*generate, *given)
+    assert (read.code, read.out) == (0, plain.out)
+    assert read.err.count("warning: ") == 1
+    assert f"warning: {options} without effect: there is no --retrieve (leave {options} out, or name" in read.err
+    strict = apt(*generate, *given, "--strict")
+    assert (strict.code, strict.out) == (2, "")
+    assert f"{options} without effect: there is no --retrieve; leave {options} out" in strict.err
+
+
 class Reader:
     """A generator as hooks see it."""
 
@@ -191,7 +227,7 @@ def test_the_best_passage_stands_nearest_and_all_fit(trained: Path, tmp_path: Pa
     assert len(told) < len(prompt)  # what was said before has its half
     assert start("zz", reader) is None
     assert reader.notes[-1].startswith("sources: none")
-    with pytest.warns(AptWarning, match="no passage fits before the prompt; generating without it"):
+    with pytest.warns(AptWarning, match="no passage fits before the prompt; generating without retrieval"):
         assert start("7 " * 20, reader) is None
     assert start("7", reader) is None  # it is not asked again
 
@@ -225,7 +261,7 @@ def test_a_retriever_that_fails_never_stops_a_generation(
     assert (without.code, without.out) == (0, plain.out)
     assert without.err.count("warning: ") == 1
     assert f"warning: --retrieve: {said}" in without.err
-    assert "generating without it" in without.err
+    assert "generating without retrieval" in without.err
     strict = apt(*generate, "--retrieve", "s", "--strict")
     assert strict.code == 2
     assert said in strict.err

@@ -6,18 +6,25 @@ A retriever that fails never stops a generation: it is said, and the text goes o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from apt.api import AptError, AptWarning, DataError
+from apt.api import AptError, AptWarning, ConfigError, DataError
 from apt.core.providers.retrieval import Passage
 from apt_plugin_rag.commands import open_retriever
 from apt_plugin_rag.knn_lm import KNNRetriever, Mixer, check_model
 from apt_plugin_rag.retrievers import StoredRetriever
 
+READ = 3
+"""Passages that are read where --retrieve-k is not given."""
+
 SHOWN = 3
 """Sources that are named where every token has its own."""
+
+SETTINGS = {"knn_lambda": "weight", "knn_temperature": "temperature"}
+"""Option -> the setting of a datastore that it changes."""
 
 
 @dataclass(slots=True)
@@ -67,19 +74,29 @@ def next_token(logits: Any, generator: Any) -> Any:
 
 def _open(generator: Any) -> Reading:
     options = generator.options
-    given = {"weight": getattr(options, "knn_lambda", None), "temperature": getattr(options, "knn_temperature", None)}
-    settings = {name: value for name, value in given.items() if value is not None}
-    retriever = open_retriever(options.retrieve, **settings)
+    given = {name: getattr(options, name, None) for name in ("retrieve_k", *SETTINGS)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if getattr(options, "retrieve", None) is None:
+        _pass_over(given, "there is no --retrieve", "name a store with --retrieve", generator)
+        return Reading()
+    retriever = open_retriever(options.retrieve)
+    where = retriever.store.where
     if not isinstance(retriever, KNNRetriever):
+        why = f"only a knn_lm store takes that, and {where} is a {retriever.get_name()} store"
+        _pass_over([name for name in given if name in SETTINGS], why, "name a knn_lm store", generator)
         return Reading(retriever)
+    why = f"{where} is a knn_lm store, of which no passages are read"
+    _pass_over([name for name in given if name not in SETTINGS], why, "name another store", generator)
     check_model(retriever.store, generator.model)
-    return Reading(retriever, Mixer(retriever.store, retriever.config))
+    changed = {setting: given[name] for name, setting in SETTINGS.items() if name in given}
+    config = retriever.config
+    return Reading(retriever, Mixer(retriever.store, type(config).model_validate({**config.model_dump(), **changed})))
 
 
 def _with_passages(prompt: str, retriever: StoredRetriever, generator: Any) -> str | None:
     """Passages, the best one last and so nearest to the prompt, as far as the context holds them."""
     options, encode, limit = generator.options, generator.tokenizer.encode, generator.model.max_seq_len
-    k = getattr(options, "retrieve_k", 3)
+    k = getattr(options, "retrieve_k", None) or READ
     found = retriever.retrieve(prompt, k)
     if not found:
         generator.note("sources: none; nothing in the store matches the prompt")
@@ -120,10 +137,21 @@ def _name(passages: list[Passage], generator: Any) -> None:
     generator.note("sources: " + ", ".join(dict.fromkeys(passage.source for passage in passages)))
 
 
+def _pass_over(names: Collection[str], why: str, instead: str, generator: Any) -> None:
+    """Say which of the given options do nothing; what they were given with goes on. Under --strict raise it."""
+    if not names:
+        return
+    options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    said, hint = f"{options} without effect: {why}", f"leave {options} out, or {instead}"
+    if getattr(generator.options, "strict", False):
+        raise ConfigError(said, hint=hint)
+    warnings.warn(f"{said} ({hint})", AptWarning, stacklevel=2)
+
+
 def _go_on_without(generator: Any, error: Exception) -> None:
     if getattr(generator.options, "strict", False):
         raise error
     _readings[generator] = Reading()
     said = error.message if isinstance(error, AptError) else f"{type(error).__name__}: {error}"
     hint = f" ({error.hint})" if isinstance(error, AptError) and error.hint else ""
-    warnings.warn(f"--retrieve: {said}; generating without it{hint}", AptWarning, stacklevel=2)
+    warnings.warn(f"--retrieve: {said}; generating without retrieval{hint}", AptWarning, stacklevel=2)

@@ -50,7 +50,7 @@ def apt_register_options(command: str, options: Any) -> None:
         help="generate from what `apt rag index` has put into STORE, and name the sources",
     )
     options.add_argument(
-        "--retrieve-k", type=whole_number, default=3, metavar="N", help="passages to read (%(default)s)"
+        "--retrieve-k", type=whole_number, metavar="N", help="passages to read (3), of any store but knn_lm"
     )
     options.add_argument(
         "--knn-lambda", type=_share, metavar="L", help="share of the datastore in each prediction, for a knn_lm store"
@@ -62,7 +62,9 @@ def apt_register_options(command: str, options: Any) -> None:
 
 @hookimpl
 def on_generation_start(prompt: str, generator: Any) -> str | None:
-    if getattr(generator.options, "retrieve", None) is None:
+    # Any of them, so that one without --retrieve is not passed over in silence.
+    given = ("retrieve", "retrieve_k", "knn_lambda", "knn_temperature")
+    if all(getattr(generator.options, name, None) is None for name in given):
         return None
     from apt_plugin_rag.generation import start
 

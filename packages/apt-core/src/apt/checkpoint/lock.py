@@ -295,7 +295,7 @@ def check_frozen(
         requirements = [_requirement(held[name]["distribution"], held[name]["version"]) for name in wanted]
         install = " ".join(f'"{requirement}"' for requirement in requirements if requirement)
         hint = f"pip install {force}{install}, or " if install else ""
-        raise PluginError("\n".join(problems), hint=f"{hint}write the lock anew: apt plugin-lock -p P")
+        raise PluginError("\n".join(problems), hint=f"{hint}write the lock anew: apt plugin-lock -p PROFILE")
 
 
 def _damaged(path: Path) -> CheckpointError:

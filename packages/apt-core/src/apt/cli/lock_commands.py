@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def run_plugin_lock_command(args: Namespace) -> int:
     rows += [(slot.kind, describe_slot(slot)) for slot in slots]
     print("\n".join(columns(rows)))
     print(f"Written to {path}")
-    frozen = "--frozen" if args.output is None else f"--frozen {path}"
-    print(f"Next: apt train -p {args.profile} {frozen}")
+    frozen = ["--frozen"] if args.output is None else ["--frozen", str(path)]
+    # What changed the profile or the choice of plugins here has to be said there too, or the lock refuses the run.
+    print(f"Next: {shlex.join(['apt', 'train', '-p', args.profile, *_options(args), *frozen])}")
     return 0
+
+
+def _options(args: Namespace) -> list[str]:
+    """The overrides and the selection of plugins, as they are typed."""
+    options = [f"--{key}={text}" for key, text in args.overrides.items()]
+    if args.plugins:
+        options += ["--plugins", *args.plugins]
+    options += [f"--no-plugin={name}" for name in args.no_plugin]
+    return options + [f"--{name}" for name in ("no-plugins", "strict") if getattr(args, name.replace("-", "_"))]

@@ -46,6 +46,7 @@ def report(command: Callable[[], int], *, debug: bool = False) -> int:
         debug: show the traceback of an error.
     """
     try:
+        _open_missing_streams()
         code = command()
         sys.stdout.flush()
         return code
@@ -59,8 +60,16 @@ def report(command: Callable[[], int], *, debug: bool = False) -> int:
         if debug:
             import traceback
 
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip())
         return _tell(error)
+
+
+def _open_missing_streams() -> None:
+    """Put an empty stream in place of each standard one that the shell has closed (`>&-`): Python then has None, which
+    nothing that reads or writes expects, and `print` would say on standard output what is meant for standard error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
 
 
 @contextmanager
@@ -109,7 +118,7 @@ def _run(arguments: list[str]) -> int:
         return int(run(args))
     except SystemExit as ended:  # the help of a command has been shown, or a plugin ended its own
         if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
+            _say(ended.code)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
 

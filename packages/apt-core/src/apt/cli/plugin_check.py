@@ -70,7 +70,7 @@ def _check(claim: Registration, settings: Mapping[str, Any], *, slow: bool, devi
     words = ", ".join(f"{key}={value}" for key, value in settings.items())
     build = _builder(claim, settings)
     every = cases(claim.kind, build, getattr(claim.load(), "expected_failures", None), name=claim.name, device=device)
-    _try_out(every[0].subject)
+    _try_out(every[0].subject, settings)
     print(heading(f"{claim.slot} {version} ({package})") + (f" with {words}" if words else ""), flush=True)
     started, counts = time.monotonic(), Counter[str]()
     with warnings.catch_warnings():
@@ -127,8 +127,9 @@ def _builder(claim: Registration, settings: Mapping[str, Any]) -> Callable[[], A
     return build
 
 
-def _try_out(subject: Any) -> None:
+def _try_out(subject: Any, settings: Mapping[str, Any]) -> None:
     """Raise what is wrong with this machine or with the settings; what is wrong with the provider, the checks say."""
+    from apt.testing.check import CheckFailure
     from apt.testing.run import isolated
 
     with isolated(), warnings.catch_warnings():
@@ -140,6 +141,10 @@ def _try_out(subject: Any) -> None:
             raise ConfigError(error.message, hint=f"{fix}; {error.hint}" if error.hint else fix) from error
         except AptError:
             raise
+        except CheckFailure as error:
+            # That no size fits is the provider's fault, unless somebody chose what does not fit.
+            if settings and isinstance(error.__cause__, ConfigError):
+                raise ConfigError(str(error), hint="change what --set gives") from error
         except (Exception, SystemExit):
             return
 

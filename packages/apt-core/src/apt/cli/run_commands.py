@@ -19,7 +19,7 @@ from apt.core.runs import RunFolder, find_run
 SHORT = {"epochs": "training.max_epochs", "batch_size": "training.batch_size"}
 """Option of `apt train` -> the key of the profile that it stands for."""
 
-KEYS_IN_USE = {"chat": ("chat.",), "eval": ("data.answers_",)}
+KEYS_IN_USE = {"chat": ("chat.",), "eval": ("data.answers_", "data.train_path", "data.val_path", "data.dataset")}
 """Command -> the beginnings of the keys of a run's profile that may be given to it beside those of the model."""
 
 MAX_SHOWN = 6
@@ -38,10 +38,11 @@ def run_train_command(args: Namespace) -> int:
             overrides[key] = value
     if run is not None and args.run_dir is not None:
         raise UsageError("apt train: --resume goes on in the run's own folder", hint="leave --run-dir out")
-    if "data.train_path" in overrides and "data.dataset" not in overrides:
-        overrides["data.dataset"] = None  # who names a text wants it read, whatever the profile reads
+    if args.run_dir == "":
+        raise UsageError("apt train: --run-dir is empty", hint="name a folder, or leave it out")
+    _read_what_is_named(overrides)
     if run is not None and args.profile is not None:
-        _warn_of_differences(args.profile, run, overrides)
+        _tell_differences(args.profile, run, overrides, strict=args.strict)
 
     profile = resolve(source, overrides)
     several = args.nproc is not None and args.nproc > 1
@@ -137,8 +138,18 @@ def find_source(
     return run.profile, run
 
 
-def _warn_of_differences(profile: str, run: RunFolder, overrides: Mapping[str, Any]) -> None:
-    """Say in which keys the profile that was named is not the one that the run was made with."""
+def _read_what_is_named(overrides: dict[str, Any]) -> None:
+    """Who names a text wants it read, whatever the profile reads."""
+    if "data.train_path" in overrides:
+        overrides.setdefault("data.dataset", None)
+
+
+def _tell_differences(profile: str, run: RunFolder, overrides: Mapping[str, Any], *, strict: bool) -> None:
+    """Say in which keys the profile that was named is not the one that the run was made with.
+
+    Raises:
+        UsageError: it is another run's; or there are such keys, and nothing is to be passed over.
+    """
     named_name, own_name = (resolve(source).config.name for source in (profile, run.profile))
     if named_name != own_name:
         raise UsageError(f"apt train: {run.path} is a run of {own_name}, not of {named_name}", hint="leave -p out")
@@ -148,12 +159,10 @@ def _warn_of_differences(profile: str, run: RunFolder, overrides: Mapping[str, A
         return
     shown = [f"{key} ({named.get(key)}, the run has {own.get(key)})" for key in different[:MAX_SHOWN]]
     more = f" and {len(different) - MAX_SHOWN} more" if len(different) > MAX_SHOWN else ""
-    warnings.warn(
-        f"{run.path} goes on with its own profile, from which {profile} differs in {', '.join(shown)}{more}; "
-        "to change the run, give the keys as options",
-        AptWarning,
-        stacklevel=2,
-    )
+    what = f"{run.path} goes on with its own profile, from which {profile} differs in {', '.join(shown)}{more}"
+    if strict:
+        raise UsageError(f"apt train: {what}", hint="leave -p out, and give the keys that are to change as options")
+    warnings.warn(f"{what}; to change the run, give the keys as options", AptWarning, stacklevel=2)
 
 
 def _frozen(args: Namespace, run: RunFolder | None) -> Path | None:
@@ -161,8 +170,9 @@ def _frozen(args: Namespace, run: RunFolder | None) -> Path | None:
     if args.frozen is None:
         return None
     path = Path(args.frozen) if args.frozen else run.lock if run is not None else lock_of(args.profile)
+    path = RunFolder(path).lock if path.is_dir() else path
     if not path.is_file():
-        wanted = args.profile or "P"
+        wanted = args.profile or "PROFILE"
         raise UsageError(f"apt train --frozen: there is no lock {path}", hint=f"write one: apt plugin-lock -p {wanted}")
     return path
 
@@ -190,11 +200,12 @@ def _overrides(args: Namespace) -> dict[str, Any]:
     overrides, also = parse_overrides(args.overrides), KEYS_IN_USE.get(args.command, ())
     for key in overrides:
         if not key.startswith(("model.", *also)):
-            other = "".join(f" or {prefix}*" for prefix in also)
+            other = "".join(f" or {prefix}{'*' if prefix[-1] in '._' else ''}" for prefix in also)
             raise UsageError(
                 f"apt {args.command}: --{key} is no key of the model{other}",
-                hint="a run cannot be trained otherwise afterwards; give such as --model.attention_name mha",
+                hint="a run cannot be trained otherwise afterwards; its keys are for apt train --resume",
             )
+    _read_what_is_named(overrides)
     return overrides
 
 

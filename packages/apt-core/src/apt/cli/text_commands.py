@@ -27,6 +27,9 @@ BETWEEN = "---"
 
 LONGEST_ANSWER = 40
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors begin a file with; it is no part of the text."""
+
 CHAT_HELP = """\
 Write a message and press Enter. Ctrl-C ends a reply.
 /reset  forget what was said
@@ -149,7 +152,8 @@ def _prompts(args: Namespace) -> list[str]:
 
 
 def _read_all(path: str) -> str:
-    """What a file holds, or standard input for "-". Raises DataError where that is too much: a pipe may have no end."""
+    """What a file holds, or standard input for "-", without a byte order mark. Raises DataError where that is too much:
+    a pipe may have no end."""
     if path == "-":
         read: str | bytes = sys.stdin.read(LARGEST + 1)
     else:
@@ -158,7 +162,8 @@ def _read_all(path: str) -> str:
     if len(read) > LARGEST:
         where = "standard input" if path == "-" else path
         raise DataError(f"{where} is larger than {LARGEST >> 20} MiB", hint="give fewer prompts at once")
-    return read if isinstance(read, str) else read.decode("utf-8")
+    text = _checked(read, "standard input") if isinstance(read, str) else read.decode("utf-8")
+    return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def _read_prompt(text: str) -> str:
@@ -170,13 +175,19 @@ def _read_prompt(text: str) -> str:
             raise DataError(
                 f"standard input: not {error.encoding} at byte {error.start}", hint="give UTF-8 text"
             ) from error
+    return _checked(text, "--prompt")
+
+
+def _checked(text: str, where: str) -> str:
+    """`text`, if it was UTF-8: in some locales Python hands on the bytes that are not, as surrogates."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError("--prompt: not UTF-8", hint="give UTF-8 text")
+        raise DataError(f"{where}: not UTF-8", hint="give UTF-8 text")
     return text
 
 
 def _lines(on_terminal: bool) -> Iterator[str]:
     """The messages, until standard input ends."""
+    mark = BYTE_ORDER_MARK
     while True:
         try:
             with _ctrl_c_raises(on_terminal):
@@ -193,7 +204,8 @@ def _lines(on_terminal: bool) -> Iterator[str]:
             ) from error
         if not line and not on_terminal:
             return
-        yield line.strip()
+        yield _checked(line, "standard input").removeprefix(mark).strip()
+        mark = ""
 
 
 @contextmanager

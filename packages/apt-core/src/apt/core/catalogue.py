@@ -5,6 +5,8 @@ It serves one end: to name the package to install when something that exists is 
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 KINDS: dict[str, str] = {
     "attention": "model",
     "ffn": "model",
@@ -131,10 +133,39 @@ def how_to_have(word: str) -> str | None:
     return f"{requirement} brings it, and its plugin is left out, has failed or is too old: see apt plugin-list"
 
 
-def how_to_install(requirement: str) -> str:
-    """What to do to get what `requirement` brings; a package that is installed and does not bring it is too old."""
+HOW_TO_USE = "leave --no-plugin out, or see apt plugin-list"
+"""What to do to have a plugin in use that is `left_out`."""
+
+
+def left_out(requirement: str, in_use: Container[str | None]) -> str | None:
+    """Says that what `requirement` brings is installed and its plugin was left out, or failed; None where that is not
+    so.
+
+    Args:
+        in_use: the distributions that registered something.
+    """
+    from importlib_metadata import PackageNotFoundError, distribution
+
+    from apt.core.discovery import GROUP
+
+    requirement, _, wanted = requirement.partition("==")
+    name = requirement.partition("[")[0]
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return None
+    if name in in_use or wanted not in ("", found.version) or not found.entry_points.select(group=GROUP):
+        return None
+    return f"{name} {found.version} is installed and its plugin not in use"
+
+
+def how_to_install(requirement: str, in_use: Container[str | None] | None = None) -> str:
+    """What to do to get what `requirement` brings; a package that is installed and does not bring it is too old, or
+    `left_out`, which can be told where `in_use` is given."""
     from importlib_metadata import PackageNotFoundError, version
 
+    if in_use is not None and (said := left_out(requirement, in_use)):
+        return f"{said}: {HOW_TO_USE}"
     try:
         installed = version(requirement.partition("[")[0])
     except PackageNotFoundError:

@@ -29,6 +29,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class NoConfig(Section):
+    """The section of a provider that has nothing to set."""
+
+
 class OpenSection(Section):
     """A part of a profile that also holds the sections of providers, as mappings."""
 

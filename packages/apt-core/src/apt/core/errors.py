@@ -104,6 +104,13 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
+def misfit(error: Exception) -> str:
+    """The first of the tensors that torch finds not to fit a model, and how many more there are."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *more = lines[1:] or lines or [type(error).__name__]
+    return first.rstrip(".") + (f" (and {len(more)} more)" if more else "")
+
+
 class AptWarning(UserWarning):
     """Something that was asked for is passed over, or done in another way."""
 

@@ -123,6 +123,9 @@ def find_profile(name: str | os.PathLike[str], folder: FilePath = FilePath()) ->
         ConfigError: there is no such file and no such name.
     """
     text = os.fspath(name)
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if not text:  # an unset variable of the shell's; as a path it would be the folder itself
+        raise ConfigError("the name of the profile is empty", hint=f"give a path, or one of {', '.join(shipped)}")
     try:
         path = folder / text
         if path.is_file():
@@ -130,7 +133,6 @@ def find_profile(name: str | os.PathLike[str], folder: FilePath = FilePath()) ->
         is_folder, is_else = path.is_dir(), path.exists()
     except (OSError, ValueError):  # a name too long, or with NUL
         is_folder = is_else = False
-    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     stem = text.removesuffix(".yaml").removesuffix(".yml")
     if stem in shipped:
         return shipped[stem]

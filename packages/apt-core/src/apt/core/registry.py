@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from apt.core.catalogue import DEFAULTS, KINDS, how_to_install, how_to_restore, package_of_provider
+from apt.core.catalogue import (
+    DEFAULTS,
+    HOW_TO_USE,
+    KINDS,
+    how_to_install,
+    how_to_restore,
+    left_out,
+    package_of_provider,
+)
 from apt.core.errors import (
     ConfigError,
     ConflictError,
@@ -238,6 +246,9 @@ class Registry:
             fix = "register it under another name" if last == "script" else f"leave one of them out: --no-plugin {last}"
             raise ConflictError(f"{kind}:{name} is claimed by {owners}", hint=fix)
         if not claims:
+            requirement = self.recorded.get((kind, name)) or package_of_provider(kind, name)
+            if requirement and (said := left_out(requirement, {claim.distribution for claim in self.claims()})):
+                raise ProviderNotFoundError(f"{kind}:{name} cannot be used: {said}", hint=HOW_TO_USE)
             raise ProviderNotFoundError(f"{kind}:{name} is not installed", hint=self._how_to_get(kind, name))
         return claims[0]
 
@@ -365,11 +376,10 @@ class Registry:
         except (Exception, SystemExit) as error:
             # A config that does not fit is the user's slip, in whichever library's words it is told.
             if type(error).__name__ == "ValidationError":
-                faults: list[Any] = error.errors()  # type: ignore[union-attr]
-                said = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
                 known = ", ".join(getattr(cls.Config, "model_fields", ()))
                 raise ConfigError(
-                    f"{claim.slot}: its section does not fit: {said}", hint=f"its keys are {known}" if known else None
+                    f"{claim.slot}: its section does not fit: {_faults(error, cls.Config, config)}",
+                    hint=f"its keys are {known}" if known else None,
                 ) from error
             raise ProviderError(f"{claim.slot} cannot be built: {in_a_line(error)}") from error
         if fingerprint is not None:
@@ -397,6 +407,18 @@ class Registry:
 def fallback_message(error: ProviderError, stand_in: str) -> str:
     """What a `FallbackWarning` says: what is wrong, what is used instead, how to get what was asked for."""
     return f"{error.message}; using {stand_in} instead" + (f" (to get it: {error.hint})" if error.hint else "")
+
+
+def _faults(error: Any, model: Any, config: Any) -> str:
+    """What a ValidationError found: of pydantic in the words of a profile's faults, of others in their own."""
+    from pydantic import BaseModel, ValidationError
+
+    from apt.core.problems import dotted, validation_problems
+
+    if isinstance(error, ValidationError) and isinstance(model, type) and issubclass(model, BaseModel):
+        problems = validation_problems(error, model, {} if config is None else config)
+        return "; ".join(f"{dotted(p.path)}: {p.message}".removeprefix(": ") for p in problems)
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
 
 
 def _fingerprint(config: Any) -> str | None:

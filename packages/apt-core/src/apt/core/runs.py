@@ -18,6 +18,9 @@ from pathlib import Path
 
 from apt.core.errors import HINT, AptWarning, ConfigError, did_you_mean
 
+MAX_SHOWN = 10
+"""Runs that a message names."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -90,14 +93,17 @@ def find_run(run: str | Path | None = None, output_dir: str | Path = "runs", nam
     """
     parent = Path(output_dir)
     if run is not None:
-        for path in (Path(run), parent / run):
+        for path in (Path(run), parent / run) if str(run) else ():  # "" is not meant to be the current folder
             if RunFolder(path).holds_a_run():
                 return RunFolder(path)
-        known = [folder.path.name for folder in _runs(parent)]
+        newest_first = sorted(_runs(parent), key=lambda folder: folder.profile.stat().st_mtime, reverse=True)
+        known = [folder.path.name for folder in newest_first]
         near = did_you_mean(str(run), known, cutoff=HINT)
+        listed = ", ".join(known[:MAX_SHOWN]) or "none"
+        listed += f" and {len(known) - MAX_SHOWN} more" if len(known) > MAX_SHOWN else ""
         raise ConfigError(
-            f"{run} is not the folder of a run (it has no profile.yaml)",
-            hint=f"did you mean {near!r}?" if near else f"runs in {parent}: {', '.join(known) or 'none'}",
+            f"{str(run) or repr('')} is not the folder of a run (it has no profile.yaml)",
+            hint=f"did you mean {near!r}?" if near else f"runs in {parent}: {listed}",
         )
     runs = _runs(parent, name)
     if not runs:

@@ -178,6 +178,8 @@ class Schedule:
         starts = {name: (anneal.by, anneal.begin) for name, anneal in self._anneals.items()}
         starts |= {f"enable_{name}_at_{unit}": (unit, at) for name, (unit, at) in self._enables.items()}
         lengths = {unit: self._length(unit) for unit in UNITS}
+        if self.max_steps is not None and self.steps_per_epoch is not None:
+            lengths["epoch"] = min(self.max_epochs, -(-self.max_steps // self.steps_per_epoch))
         return [key for key, (unit, at) in starts.items() if (length := lengths[unit]) is not None and at >= length]
 
     def _length(self, unit: Unit) -> int | None:

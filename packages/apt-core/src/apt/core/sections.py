@@ -1,6 +1,6 @@
 """The sections of a profile that belong to providers: `model.tva`, `model.moe`, `data.stdlib`, ...
 
-Core does not know their keys. A provider brings a pydantic model for its own; a section that nothing installed reads is
+Core does not know their keys. A provider brings a pydantic model for its own; a section that nothing in use reads is
 kept and named in a warning, unless its name is a slip of one that is read.
 """
 
@@ -26,7 +26,12 @@ PARENTS = tuple(dict.fromkeys(KINDS.values()))
 
 
 def check_sections(
-    config: RunConfig, registry: Registry, origins: Mapping[Path, str], absent: Container[str] = ()
+    config: RunConfig,
+    registry: Registry,
+    origins: Mapping[Path, str],
+    absent: Container[str] = (),
+    *,
+    strict: bool = False,
 ) -> None:
     """Check every provider's section with the model of the provider that reads it.
 
@@ -37,6 +42,7 @@ def check_sections(
         registry: what is installed and selected.
         origins: where each value was given, as in `Profile.origins`.
         absent: packages that have been named as not installed: their sections need no second word.
+        strict: whether a section that nothing reads is an error.
 
     Raises:
         ConfigError: a section does not fit, or its name is a slip of a known one; one line for each problem.
@@ -54,9 +60,14 @@ def check_sections(
             elif name in type(config).model_fields:
                 problems.append(Problem(path, "unknown section", f"did you mean {name!r} at the top level?"))
             elif (package := SECTIONS.get(name)) not in absent:
-                fix = how_to_install(package) if package else "install the plugin that does, or take it out"
+                fix = "install the plugin that does, or take it out"
+                if package:
+                    fix = how_to_install(package, {claim.distribution for claim in registry.claims()})
+                if strict:
+                    problems.append(Problem(path, "no plugin in use reads it", fix))
+                    continue
                 warnings.warn(
-                    f"{locate(path, origins)}kept, but no installed plugin reads it; {fix}", AptWarning, stacklevel=2
+                    f"{locate(path, origins)}kept, but no plugin in use reads it; {fix}", AptWarning, stacklevel=2
                 )
     raise_problems(problems, origins)
 

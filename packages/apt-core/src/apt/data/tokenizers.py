@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt.core.cache import atomic_write, cache_dir
-from apt.core.config import PositiveInt, Section, Side
+from apt.core.config import NoConfig, PositiveInt, Section, Side
 from apt.core.errors import AptWarning, ConfigError, DataError
 from apt.core.files import read_file
 from apt.core.providers.dataset import Piece
@@ -48,10 +48,6 @@ LARGEST_FILE = 256 << 20
 
 BPE_SMALLEST = 257
 """256 bytes and the end of a document."""
-
-
-class NoConfig(Section):
-    """Nothing to set."""
 
 
 class ByteTokenizer:

@@ -33,7 +33,7 @@ def read_questions(path: str | Path) -> list[Question]:
         DataError: it cannot be read, or holds something else, or nothing.
     """
     try:
-        lines = read_file(Path(path)).decode("utf-8").split("\n")
+        lines = read_file(Path(path)).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.answers_path: {path} cannot be read: {reason}", hint="check the path") from error

@@ -22,7 +22,7 @@ from apt.checkpoint.store import CheckpointStore
 from apt.core.config import RunConfig
 from apt.core.device import move, pick_device
 from apt.core.discovery import choose, discover
-from apt.core.errors import AptWarning, CheckpointError, ProviderError
+from apt.core.errors import AptWarning, CheckpointError, ProviderError, misfit
 from apt.core.hooks import USE, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.profiles import check_sections, resolve
@@ -114,15 +114,22 @@ def load_run(
         step, weights = store.load_weights(chosen)
     else:
         step, weights, average = store.load_average(state, chosen)
+    if strict and chosen is None and step != store.latest():
+        raise CheckpointError(
+            f"the newest checkpoint of {run.path}, of step {store.latest()}, is damaged",
+            hint=f"use the one before it: --checkpoint {step}",
+        )
     try:
         model.load_state_dict(weights)
         # Over the weights, and not merged into them: a tensor with two names in the model has one in the average.
         model.load_state_dict(average, strict=False)
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        changed = [key for key in overrides or () if key.startswith("model.")]
         raise CheckpointError(
-            f"the checkpoint of step {step} does not fit the model of {run.path}: {text}",
-            hint="use the plugins and versions that the run was trained with: see its plugins.lock.json",
+            f"the checkpoint of step {step} does not fit the model of {run.path}: {misfit(error)}",
+            hint=f"leave --{', --'.join(changed)} out"
+            if changed
+            else "use the plugins and versions that the run was trained with: see its plugins.lock.json",
         ) from error
     move(model, target)
     return LoadedRun(config, model.eval(), tokenizer, target, hooks, in_use, step)

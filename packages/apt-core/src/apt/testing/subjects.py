@@ -210,6 +210,7 @@ class AttentionSubject(LayerSubject):
         return layer
 
     def _first_that_fits(self) -> tuple[int, int]:
+        self.provider()  # settings that do not fit at all are refused in the provider's own words, not as a size
         for d_model, num_heads in self.SIZES:
             try:
                 with torch_rng_kept():  # whoever asks first has a seed of its own
@@ -218,7 +219,7 @@ class AttentionSubject(LayerSubject):
                 refusal = error
                 continue
             return d_model, num_heads
-        raise CheckFailure(f"none of the sizes (d_model, num_heads) {self.SIZES} fits it: {refusal}")
+        raise CheckFailure(f"none of the sizes (d_model, num_heads) {self.SIZES} fits it: {refusal}") from refusal
 
 
 class FFNSubject(LayerSubject):

@@ -29,7 +29,7 @@ def choose_plugins(
         plugins, no_plugin, no_plugins, strict: as the command line's options of those names.
 
     Raises:
-        ConfigError: the section of a provider does not fit.
+        ConfigError: the section of a provider does not fit, or, where everything is to be strict, has no reader.
         PluginError: the choice cannot be had.
     """
     selection = choose(
@@ -42,5 +42,5 @@ def choose_plugins(
     found = discover(selection, strict=strict)
     found.registry = found.registry_of_a_run()
     found.registry.recorded = requirements_of(lock) if lock else {}
-    check_sections(profile.config, found.registry, profile.origins, found.absent)
+    check_sections(profile.config, found.registry, profile.origins, found.absent, strict=strict)
     return found

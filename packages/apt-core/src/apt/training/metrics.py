@@ -30,7 +30,7 @@ class MetricsFile:
                     if record["step"] < resume_step:
                         file.write(_line(record).encode())
         # Line by line: what was logged is in the file, whatever becomes of this process.
-        self._file = open(path, "a", encoding="utf-8", buffering=1, opener=only_a_file)
+        self._file = open(path, "a", encoding="utf-8", buffering=1, opener=only_a_file)  # noqa: SIM115
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         """Append one record."""

@@ -15,7 +15,7 @@ from apt.core.errors import AptWarning, CheckpointError
 from apt.core.hooks import TRAINING
 from apt.core.in_use import Slot
 from apt.core.logging import log_to_file
-from apt.core.profiles import dump_yaml
+from apt.core.profiles import dump_yaml, resolve
 from apt.core.runs import RunFolder, new_run
 from apt.training.metrics import MetricsFile
 from apt.training.plan import plan
@@ -52,6 +52,7 @@ def open_run(trainer: Trainer, stack: ExitStack) -> None:
     slots = list(trainer.in_use.slots.values())
     trainer.saver = RunSaver(trainer)
     if trainer.lock:
+        _tell_changes(trainer, run)
         checkpoint = trainer.saver.store.load()
         check_age(trainer.lock, slots, trainer.plugins.found, checkpoint.plugins)
         check_lock(trainer.lock, slots)
@@ -63,6 +64,17 @@ def open_run(trainer: Trainer, stack: ExitStack) -> None:
             )
     if trainer.world.is_first:
         _write_down(trainer, run, slots, stack)
+
+
+def _tell_changes(trainer: Trainer, run: RunFolder) -> None:
+    """Say where the model is to be another one than the run was made with: what fits its shapes is not refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AptWarning)
+        before = resolve(run.profile).config.model.model_dump(mode="json")
+    now = trainer.config.model.model_dump(mode="json")
+    changed = [f"model.{key} {now[key]} (was {before.get(key)})" for key in now if now[key] != before.get(key)]
+    if changed:
+        warnings.warn(f"the run goes on with another model: {', '.join(changed)}", AptWarning, stacklevel=2)
 
 
 def _write_down(trainer: Trainer, run: RunFolder, slots: list[Slot], stack: ExitStack) -> None:

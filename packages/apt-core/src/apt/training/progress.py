@@ -19,6 +19,14 @@ PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line about the step comes at most this often."""
 
 
+class _Screen(Console):
+    """A console whose reader may leave: nothing is shown from then on, where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Progress:
     """Shows one run.
 
@@ -28,7 +36,7 @@ class Progress:
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = console or _Screen(quiet=quiet, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._epoch_started = self._line_shown = time.monotonic()

@@ -13,7 +13,7 @@ from apt.checkpoint.lock import requirement_of_listener
 from apt.checkpoint.rng import rng_state, set_rng_state
 from apt.checkpoint.store import Checkpoint
 from apt.core.catalogue import how_to_restore
-from apt.core.errors import AptWarning, CheckpointError
+from apt.core.errors import AptWarning, CheckpointError, misfit
 
 if TYPE_CHECKING:
     from apt.training.trainer import Trainer
@@ -91,9 +91,8 @@ def _load_parameters(trainer: Trainer, checkpoint: Checkpoint) -> None:
         else:
             trainer.optimizer.state.clear()  # a model that was made elsewhere has no moments
     except (RuntimeError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
         raise CheckpointError(
-            f"the checkpoint of step {checkpoint.step} does not fit this model: {text}",
+            f"the checkpoint of step {checkpoint.step} does not fit this model: {misfit(error)}",
             hint="resume without overrides of model.*, or start a new run",
         ) from error
     # The moments are the checkpoint's; what the profile says (weight decay, betas) is as it says now.

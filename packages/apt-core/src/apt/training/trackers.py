@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from apt.core.config import NoConfig
 from apt.core.errors import ProviderError
 from apt.core.providers.tracker import TrackerProvider
 
 
 class TensorBoardTracker(TrackerProvider):
     """Writes event files for TensorBoard into the run's folder `tensorboard/`."""
+
+    Config: ClassVar[type[Any] | None] = NoConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

@@ -23,6 +23,7 @@ from apt.core.hooks import TRAINING, Hooks
 from apt.core.in_use import ProvidersInUse
 from apt.core.logging import get_logger
 from apt.core.monitor import ResourceMonitor
+from apt.core.problems import COMMAND_LINE
 from apt.core.profiles import Profile, resolve
 from apt.core.providers import Provider
 from apt.core.runs import RunFolder
@@ -182,7 +183,12 @@ class Trainer:
                     self._build_parts(stack)
                     first = next(self.data.train.epoch(0, share=self._share)).split(self._micro_batches)[0]
                     dry_run(self.model, first, self.device, self._autocast)
+                    # Nothing is made of a run that is refused; where one that is resumed stands is known only then.
+                    if is_refused_early := self.strict and not self.resumed:
+                        self._check_length()
                     open_run(self, stack)
+                    if not is_refused_early:
+                        self._check_length()
                     self._loss = reduced(self._batch_loss, self.model, self.world)
                     stack.enter_context(self.world.unhurried())
                     self._stop = stack.enter_context(catch_signals())
@@ -199,15 +205,22 @@ class Trainer:
 
     def _fit(self) -> None:
         self._looping, self.window = True, Window(self.data.train.tokens_per_batch)
-        for name in self.schedule.unreached():
-            warnings.warn(f"schedules.{name}: the run ends before it begins", AptWarning, stacklevel=2)
         self.hooks.call("on_training_start", trainer=self)
+        asked = False
         while self.step < self.total_steps or not self.epoch_closed:
             self._run_epoch()
-        if unread := ", ".join(self.schedule.unread()):
-            warnings.warn(f"schedules: nothing in this run has asked for {unread}", AptWarning, stacklevel=2)
+            if not asked and (unread := ", ".join(self.schedule.unread())):
+                self._pass_over(f"schedules: nothing in the first epoch has asked for {unread}", "take it out")
+            asked = True
         self.saver.wait()
         self.hooks.call("on_training_end", trainer=self)
+
+    def _pass_over(self, what: str, fix: str) -> None:
+        """Say what was asked for and is passed over; raise ConfigError where nothing is to be."""
+        if self.strict:
+            raise ConfigError(what, hint=f"{fix}, or train without --strict")
+        self.logger.warning("%s", what)
+        warnings.warn(what, AptWarning, stacklevel=2)
 
     def _run_epoch(self) -> None:
         self.epoch_closed = False
@@ -418,6 +431,20 @@ class Trainer:
         left = (training.max_epochs - self.epoch) * self.steps_per_epoch - self.batch_index
         self.total_steps = min(self.step + left, training.max_steps or 2**62)
         self.schedule.total_steps = self.total_steps
+
+    def _check_length(self) -> None:
+        """Say what of the profile lies beyond the end of the run."""
+        training, origins = self.config.training, self.profile.origins
+        for name in self.schedule.unreached():
+            self._pass_over(f"schedules.{name}: the run ends before it begins", "take it out, or train for longer")
+        steps, epochs = (origins.get(("training", key)) for key in ("max_steps", "max_epochs"))
+        cut = training.max_steps is not None and training.max_steps < training.max_epochs * self.steps_per_epoch
+        if cut and epochs == COMMAND_LINE != steps:
+            self._pass_over(
+                f"training.max_epochs: {training.max_epochs}: the profile's training.max_steps, {training.max_steps}, "
+                "ends the run before",
+                "give --training.max_steps too (null for no limit)",
+            )
 
     # The end
 

@@ -68,7 +68,8 @@ def export_run(
             f"{run.path} is quantised, and no format of this command holds its scheme",
             hint="export the run that it was made from",
         )
-    with new_folder(out) as folder:
+    weights = sum(parameter.numel() for parameter in loaded.model.parameters()) * DTYPES[dtype].itemsize
+    with new_folder(out, weights) as folder:
         tokenizer = as_library_tokenizer(run.tokenizer)
         if tokenizer is None:
             warnings.warn(
@@ -78,7 +79,8 @@ def export_run(
                 stacklevel=2,
             )
         else:
-            tokenizer.save(str(folder / TOKENIZER))
+            # Not by its own `save`, which raises a bare Exception where the disk is full.
+            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         facts = WRITERS[format](loaded, folder, DTYPES[dtype])
         sizes = write_manifest(
             folder,

@@ -6,12 +6,14 @@ Beside the files of its format it holds `tokenizer.json`, where the run's tokeni
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from apt.api import AptError
 
 MANIFEST = "export.json"
 FORMAT = 1
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -34,9 +37,13 @@ def check_target(out: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, at_least: int) -> Iterator[Path]:
     """A folder to write into, which is `out` once the block ends well; else nothing is left of it, and what was at
     `out` stays.
+
+    Args:
+        out: the folder.
+        at_least: bytes that its files will have together, or less: what is said to be needed where the disk is full.
 
     Raises:
         AptError: it cannot be written.
@@ -56,10 +63,26 @@ def new_folder(out: Path) -> Iterator[Path]:
         _sync(out.parent)
         shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise AptError(f"cannot write {out}: {reason}", hint="give an --out that can be written") from error
+        raise _cannot_write(error, out, aside, at_least) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cannot_write(error: Exception, out: Path, aside: Path, at_least: int) -> AptError:
+    """What to tell the user."""
+    told, free = re.search(r"\(os error (\d+)\)", str(error)), None  # safetensors says it in words alone
+    code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    needed = max(at_least, sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()))
+    shutil.rmtree(aside, ignore_errors=True)  # now, so that what it takes up counts as free
+    with suppress(OSError):
+        free = shutil.disk_usage(out.parent).free
+    if code is None and free is not None and free <= needed:
+        code = errno.ENOSPC  # numpy, which writes large ONNX weights, does not say it
+    if code not in FULL:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return AptError(f"cannot write {out}: {reason}", hint="give an --out that can be written")
+    cause = f"{FULL[code]}: more than {needed:,} bytes are needed" + ("" if free is None else f", {free:,} are free")
+    return AptError(f"cannot write {out}: {cause}", hint="free some space, or give an --out on another disk")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, int]:
