@@ -154,6 +154,7 @@ def on(device: str) -> list[str]:
 
 STRICT = """
 import torch
+from apt.core.device import comes_to_an_end
 
 x = torch.ones(3, device="sim")
 y = torch.empty(3, device="sim:1")
@@ -180,6 +181,7 @@ late.copy_(x, non_blocking=True)
 assert late.tolist() == [7, 7, 7], "nobody has waited for it"
 torch.accelerator.synchronize()
 assert late.tolist() == [1, 1, 1]
+assert comes_to_an_end(torch.device("sim:1"), 1.0)
 torch.manual_seed(0)
 here, cpu = torch.rand(2, 3, device="sim").tolist(), torch.rand(3).tolist()
 torch.manual_seed(0)

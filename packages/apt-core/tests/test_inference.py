@@ -221,6 +221,15 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         new_run(tmp_path / "file", "x")
 
 
+def test_who_names_a_checkpoint_is_told_the_run(tmp_path: Path) -> None:
+    run = new_run(tmp_path, "a")
+    run.profile.write_text("name: a")
+    (run.checkpoints / "step-00000040").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        find_run(run.checkpoints / "step-00000040", tmp_path)
+    assert caught.value.hint == f"name the run that it lies in: {run.path}"
+
+
 def test_an_empty_name_is_no_run_and_the_newest_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("profile.yaml").write_text("name: a")  # the current folder is a run, but was not asked for

@@ -101,10 +101,10 @@ def find_run(run: str | Path | None = None, output_dir: str | Path = "runs", nam
         near = did_you_mean(str(run), known, cutoff=HINT)
         listed = ", ".join(known[:MAX_SHOWN]) or "none"
         listed += f" and {len(known) - MAX_SHOWN} more" if len(known) > MAX_SHOWN else ""
-        raise ConfigError(
-            f"{str(run) or repr('')} is not the folder of a run (it has no profile.yaml)",
-            hint=f"did you mean {near!r}?" if near else f"runs in {parent}: {listed}",
-        )
+        hint = f"did you mean {near!r}?" if near else f"runs in {parent}: {listed}"
+        if around := next((folder for folder in Path(run).parents if RunFolder(folder).holds_a_run()), None):
+            hint = f"name the run that it lies in: {around}"
+        raise ConfigError(f"{str(run) or repr('')} is not the folder of a run (it has no profile.yaml)", hint=hint)
     runs = _runs(parent, name)
     if not runs:
         of = f" of profile {name!r}" if name else ""

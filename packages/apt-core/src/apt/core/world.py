@@ -158,10 +158,10 @@ class World:
             yield
         except BaseException:
             self.abandon()
+            with suppress(RuntimeError):
+                self._leave()
             raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        self._leave()
 
     # What is computed together
 
@@ -358,6 +358,12 @@ class World:
             with suppress(OSError), socket.socket(fileno=os.dup(wire)) as line:
                 line.shutdown(socket.SHUT_RDWR)
         self._wires = set()
+
+    def _leave(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def abandon(self) -> None:
         """End what the devices compute together: it may wait for a process that is gone, and would do so for ever."""

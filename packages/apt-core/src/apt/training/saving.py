@@ -124,11 +124,11 @@ class RunSaver:
     def _is_sound(self) -> bool:
         """Whether the state is finite, and the device still gives it."""
         trainer = self._trainer
-        if self._world.size > 1 and not comes_to_an_end(trainer.device, PATIENCE):
-            trainer.logger.error("%s waits for a process that is gone: what it holds is not saved", trainer.device)
-            self._world.abandon()
-            return False
         try:
+            if self._world.size > 1 and not comes_to_an_end(trainer.device, PATIENCE):
+                trainer.logger.error("%s waits for a process that is gone: what it holds is not saved", trainer.device)
+                self._world.abandon()
+                return False
             return not trainer.guard.wrong_in_state(trainer)
         except RuntimeError as failed:  # a device that has failed says it again, whatever it is asked
             trainer.logger.error("it could not be saved either: %s", failed)
