@@ -36,6 +36,6 @@ def test_every_section_is_checked_without_torch() -> None:
     )
     rows = json.loads(done.stdout)
     assert len(rows) > 20
-    assert {slot for slot, (has_one, _, _) in rows.items() if not has_one} == {"tracker:tensorboard"}
+    assert not [slot for slot, (has_one, _, _) in rows.items() if not has_one], "a slip in its section is swallowed"
     assert not [slot for slot, (_, torch, _) in rows.items() if torch], "imports torch for its section"
     assert all(same for _, _, same in rows.values())

@@ -84,7 +84,7 @@ def test_being_asked_changes_nothing_in_the_run(config: Config) -> None:
 def test_without_a_voter_the_likeliest_tokens_answer_alone(config: Config) -> None:
     del config["model"]["voter_name"]
     config["training"]["max_steps"] = 2
-    with pytest.warns(AptWarning, match="nothing in the first epoch has asked for vote_threshold"):
+    with pytest.warns(AptWarning, match="nothing in a whole epoch has asked for vote_threshold"):
         run = trained(config)
     (record,) = (record for record in evaluations(run) if "accuracy" in record)
     assert "voted_accuracy" not in record and "vote_threshold" not in record

@@ -56,7 +56,7 @@ def test_a_schedule_beyond_the_end_of_the_run_is_told_before_it_begins(
 
 def test_a_schedule_that_nobody_asks_for_is_told_after_one_epoch(config: Config) -> None:
     config["schedules"] = {"nobodys": 0.5}
-    with pytest.raises(ConfigError, match="nothing in the first epoch has asked for nobodys"):
+    with pytest.raises(ConfigError, match="nothing in a whole epoch has asked for nobodys"):
         train(config, strict=True)
     seen: list[int] = []
 

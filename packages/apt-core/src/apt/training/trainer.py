@@ -206,12 +206,13 @@ class Trainer:
     def _fit(self) -> None:
         self._looping, self.window = True, Window(self.data.train.tokens_per_batch)
         self.hooks.call("on_training_start", trainer=self)
-        asked = False
+        all_asked = False
         while self.step < self.total_steps or not self.epoch_closed:
+            from_its_start = self.batch_index == 0
             self._run_epoch()
-            if not asked and (unread := ", ".join(self.schedule.unread())):
-                self._pass_over(f"schedules: nothing in the first epoch has asked for {unread}", "take it out")
-            asked = True
+            if from_its_start and not all_asked and (unread := ", ".join(self.schedule.unread())):
+                self._pass_over(f"schedules: nothing in a whole epoch has asked for {unread}", "take it out")
+            all_asked = all_asked or from_its_start
         self.saver.wait()
         self.hooks.call("on_training_end", trainer=self)
 
