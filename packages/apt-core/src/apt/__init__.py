@@ -1,3 +1,3 @@
 """APT trains transformer language models whose parts are plugins. Scripts and plugins import from `apt.api`."""
 
-__version__ = "2.0.0a7"
+__version__ = "2.0.0a8"
