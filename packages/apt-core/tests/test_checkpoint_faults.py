@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoint_samples import listing, make, same
 from safetensors import SafetensorError
+from small_disk import mounted
 
 from apt.checkpoint import store as store_module
 from apt.checkpoint.durable import replace
@@ -230,18 +231,8 @@ def test_an_error_of_ours_is_not_dressed_up(store: CheckpointStore, monkeypatch:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    if not shutil.which("mount") or os.name != "posix":
-        pytest.skip("there is no mount command")
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield mounted
-    finally:
-        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+    with mounted(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("what", ["weights", "tensors", "structure"])

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_disk import slow_down_saves
 from small_run import StopAt, register_for_one_test, small_config, train
 from torch import Tensor, nn
 
-from apt.checkpoint.store import CheckpointStore, Snapshot
+from apt.checkpoint.store import CheckpointStore
 from apt.core.errors import AptError, AptWarning, TrainingError
 from apt.core.registry import registry
 from apt.core.runs import RunFolder
@@ -129,13 +129,7 @@ def test_a_state_that_is_not_given_does_not_cost_the_state_that_is_saved(frugal:
 
 
 def test_nor_does_it_where_that_state_is_still_being_saved(frugal: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = CheckpointStore.write
-
-    def slow(store: CheckpointStore, snapshot: Snapshot) -> Path:
-        time.sleep(0.3)
-        return write(store, snapshot)
-
-    monkeypatch.setattr(CheckpointStore, "write", slow)
+    slow_down_saves(monkeypatch, 0.3)
     run = ended_early(frugal, TrainingError, "not just now", Counter(silent_at=6))
     assert store_of(run).steps() == [3]
 

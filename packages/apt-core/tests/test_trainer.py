@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from fixture_types import MakeDistribution
 from safetensors.torch import load_file
+from small_disk import slow_down_saves
 from small_run import StopAt, small_config, train
 from torch import Tensor
 
@@ -878,13 +878,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run(config: Config, monkey
 
 
 def test_the_last_save_is_on_the_disk_before_the_end_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = CheckpointStore.write
-
-    def slow(store: CheckpointStore, snapshot: Snapshot) -> Path:
-        time.sleep(0.2)
-        return write(store, snapshot)
-
-    monkeypatch.setattr(CheckpointStore, "write", slow)
+    slow_down_saves(monkeypatch, 0.2)
     there: list[int | None] = []
 
     class Look:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from export_samples import LLAMA, SIZES, export, import_, logits, make_run, quietly, some_tokens
 from safetensors.torch import load_file
+from small_disk import mounted
 from small_run import register_for_one_test
 
 from apt.api import GPT, AptError, AptWarning, CheckpointError, ConfigError, ProviderError, RunFolder, load_run
@@ -107,17 +106,8 @@ def test_a_program_that_does_not_fit_on_the_disk(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system on which the tokenizer of a run fits, and none of its weights."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if not shutil.which("mount"):
-        pytest.skip("there is no mount command")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(disk)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "disk", "32k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("format", exporting.WRITERS)
